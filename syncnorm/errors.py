@@ -1,0 +1,11 @@
+"""The errors that are ours. They stand on the lowest floor, so that every floor can raise them."""
+
+__all__ = ["SyncNormError", "SyncNormMismatch"]
+
+
+class SyncNormError(RuntimeError):
+    """A synchronised layer cannot do what was asked: no such group, a rank outside of it, a backend that refuses."""
+
+
+class SyncNormMismatch(SyncNormError):  # noqa: N818 - the name is what ranks find, not that something failed
+    """Ranks that meet in one exchange disagree. Raised on every rank that took part."""

@@ -1,0 +1,192 @@
+"""The walk of synchronised batch normalisation as a differentiable function, once and twice.
+
+Local moments, ranks meet, normalise; and back: local sums, ranks meet, input gradient. The backward exchange does not
+depend on what needs a gradient on this rank, so ranks that differ there still meet.
+"""
+
+# C channels; flat tensors are [N, C, S] or [M, C]
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
+
+from syncnorm.core.backward import double_backward_input, double_backward_sums
+from syncnorm.core.layout import accumulate_dtype, channel_view, count_per_channel, flatten, flatten_like, unflatten
+from syncnorm.core.moments import Moments, empty_moments
+from syncnorm.core.running import RunningStatistics, update_running
+from syncnorm.distributed.exchange import exchange_moments, exchange_sums
+from syncnorm.distributed.groups import Group
+from syncnorm.functional._checkpoint import is_recomputing, recall, remember
+from syncnorm.kernels import choose
+
+__all__ = ["Walk", "batch_normalize"]
+
+
+class Walk(NamedTuple):
+    """What one call needs beside its tensors.
+
+    Attributes:
+        eps: Added to the variance.
+        group: The ranks that meet.
+        backend: Name of a kernel backend, or ``"auto"``.
+        needs_backward: Whether a backward follows on this rank.
+        site: Identity of the layer, by which a checkpointed recompute finds its forward.
+    """
+
+    eps: float
+    group: Group
+    backend: str
+    needs_backward: bool
+    site: object = None
+
+
+def batch_normalize(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, walk: Walk, running: RunningStatistics | None
+) -> Tensor:
+    """Normalise ``x`` [N, C, *] by the moments of all ranks and move the running statistics, in place.
+
+    Raises:
+        ValueError: On every rank, if the group holds one value per channel in all; nothing has been changed then.
+        SyncNormMismatch: If ranks disagree, see :func:`syncnorm.distributed.exchange.exchange_moments`.
+    """
+    if not torch.compiler.is_compiling():
+        # Inside, because there torch.func's wrappers are off and buffers may be written in place.
+        y: Tensor = _Normalize.apply(x, weight, bias, walk, running)[0]
+        return y
+    y, mean, m2, _, count = _Normalize.apply(x, weight, bias, walk, None)
+    if count_per_channel(x) <= 1:
+        torch._assert_async(count != 1, _ONE_VALUE)
+    if running is not None:
+        update_running(running, Moments(count, mean, m2))
+    return y
+
+
+class _Normalize(Function):
+    @staticmethod
+    def forward(
+        x: Tensor, weight: Tensor | None, bias: Tensor | None, walk: Walk, running: RunningStatistics | None
+    ) -> tuple[Tensor, ...]:
+        recomputing = is_recomputing()
+        moments = recall(walk.site) if recomputing else None
+        flat = flatten(x) if x.numel() else x
+        if moments is None:
+            local = choose(walk.backend, x).batch_moments(flat) if x.numel() else empty_moments(x.size(1), x.device)
+            moments = exchange_moments(local, walk.group, needs_backward=walk.needs_backward)
+            _check_more_than_one(moments.count, x)
+            if not recomputing and not torch.compiler.is_compiling():
+                remember(walk.site, moments)
+        rstd = (moments.var + walk.eps).rsqrt()
+        if x.numel():
+            backend = choose(walk.backend, x)
+            y = unflatten(backend.batch_normalize(flat, moments.mean, rstd, weight, bias), x.shape)
+        else:
+            y = torch.empty_like(x)
+        if running is not None and not recomputing:
+            update_running(running, moments)
+        return y, moments.mean, moments.m2, rstd, moments.count
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        x, weight, bias, walk, _ = inputs
+        _, mean, m2, rstd, count = output
+        ctx.mark_non_differentiable(mean, m2, rstd, count)
+        ctx.save_for_backward(x, weight, mean, rstd, count)
+        ctx.walk, ctx.bias_dtype = walk, None if bias is None else bias.dtype
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, mean, rstd, count = ctx.saved_tensors
+        arguments = (grad, x, weight, mean, rstd, count, ctx.walk, ctx.needs_input_grad[0])
+        if torch.compiler.is_compiling():
+            dx, dweight, dbias, _ = _Backward.forward(*arguments)
+        else:
+            dx, dweight, dbias, _ = _Backward.apply(*arguments)
+        return (
+            dx,
+            dweight.to(weight.dtype) if ctx.needs_input_grad[1] else None,
+            dbias.to(ctx.bias_dtype) if ctx.needs_input_grad[2] else None,
+            None,
+            None,
+        )
+
+
+class _Backward(Function):
+    """First backward as a function of its own, so that it has a derivative: one more exchange, of five sums."""
+
+    @staticmethod
+    def forward(
+        grad: Tensor,
+        x: Tensor,
+        weight: Tensor | None,
+        mean: Tensor,
+        rstd: Tensor,
+        count: Tensor,
+        walk: Walk,
+        needs_input_grad: bool,
+    ) -> tuple[Tensor | None, Tensor, Tensor, Tensor]:
+        if not x.numel():
+            sums = torch.zeros(2, x.size(1), dtype=torch.float64, device=x.device)
+            means = exchange_sums(sums.clone(), walk.group) / count.clamp(min=1)
+            return torch.empty_like(x), sums[1], sums[0], means
+        backend, flat = choose(walk.backend, x), flatten(x)
+        grad = flatten_like(grad, flat)
+        sums = backend.batch_backward_reduce(grad, flat, mean, rstd)
+        # The exchange may reuse its memory, and the local sums are dγ and dβ.
+        means = exchange_sums(sums.clone() if walk.group.size > 1 else sums, walk.group) / count
+        dx = None
+        if needs_input_grad:
+            dx = unflatten(backend.batch_backward_input(grad, flat, mean, rstd, weight, means), x.shape)
+        return dx, sums[1], sums[0], means
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
+        grad, x, weight, mean, rstd, count, walk, _ = inputs
+        means = output[3]
+        ctx.mark_non_differentiable(means)
+        ctx.save_for_backward(grad, x, weight, mean, rstd, count, means)
+        ctx.walk = walk
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, v: Tensor | None, a: Tensor, b: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        grad, x, weight, mean, rstd, count, means = ctx.saved_tensors
+        accumulate = accumulate_dtype(x.dtype)
+        shape, empty = x.shape, not x.numel()
+        flat = (x.flatten(2) if x.dim() > 2 else x) if empty else flatten(x)
+        v = torch.zeros_like(x) if v is None else v
+        v_flat, g_flat = ((u.reshape(flat.shape) if empty else flatten_like(u, flat)).to(accumulate) for u in (v, grad))
+        mean_v, rstd_v = (channel_view(u.to(accumulate), flat) for u in (mean, rstd))
+        x_hat = (flat.to(accumulate) - mean_v) * rstd_v
+        a, b, rstd = a.to(accumulate), b.to(accumulate), rstd.to(accumulate)
+        gamma = torch.ones_like(rstd) if weight is None else weight.to(accumulate)
+        sums = exchange_sums(double_backward_sums(v_flat, a, g_flat, x_hat), ctx.walk.group)
+        all_means = torch.cat([means, sums / count.clamp(min=1)]).to(accumulate)
+        grad_g, grad_x, grad_weight = double_backward_input(
+            v_flat, a, b, g_flat, x_hat, rstd, gamma, all_means
+        )  # fmt: skip
+        if empty:
+            grad_g, grad_x = grad_g.reshape(shape), grad_x.reshape(shape)
+        else:
+            grad_g, grad_x = unflatten(grad_g, shape), unflatten(grad_x, shape)
+        grad_weight_out = None if weight is None else grad_weight.to(weight.dtype)
+        return grad_g.to(x.dtype), grad_x.to(x.dtype), grad_weight_out, None, None, None, None, None
+
+
+_ONE_VALUE = "expected more than 1 value per channel in the whole group when training, got 1"
+
+
+def _check_more_than_one(count: Tensor, x: Tensor) -> None:
+    # A rank with two values knows the answer, so the count is read only where this rank has at most one.
+    if count_per_channel(x) > 1 or torch.compiler.is_compiling() or type(count) is not Tensor:
+        return
+    if count.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        return
+    total = float(count.numpy()) if count.device.type == "cpu" else count.item()
+    if total == 1:
+        raise ValueError(
+            f"{_ONE_VALUE} (this rank's input is {list(x.shape)}). Variance needs two: use a larger batch or map, more "
+            "ranks per group, or a norm that does not use the batch (syncnorm.convert(model, to='group_norm'))."
+        )

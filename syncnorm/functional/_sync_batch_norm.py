@@ -1,0 +1,155 @@
+"""Batch normalisation over the ranks of a group, as a function.
+
+Evaluation and a group of one are ``torch.nn.functional.batch_norm`` itself, bit for bit and without a collective.
+"""
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from syncnorm.core.running import RunningStatistics
+from syncnorm.distributed.exchange import send_poison
+from syncnorm.distributed.groups import Group, group_spec, resolve
+from syncnorm.functional._batch_normalize import Walk, batch_normalize
+from syncnorm.functional._checkpoint import is_recomputing
+
+__all__ = ["sync_batch_norm"]
+
+
+def sync_batch_norm(
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float | None = 0.1,
+    eps: float = 1e-5,
+    *,
+    num_batches_tracked: Tensor | None = None,
+    group: object = "world",
+    backend: str = "auto",
+    pending: Tensor | None = None,
+    accumulate: int = 1,
+    num_features: int | None = None,
+    input_dims: tuple[int, ...] | None = None,
+    site: object = None,
+) -> Tensor:
+    """Batch normalisation with the statistics of all ranks of a group.
+
+    Equal to ``torch.nn.functional.batch_norm`` on the concatenation of all ranks' inputs: output, input gradient, the sum
+    over ranks of the parameter gradients, running statistics and second derivatives, for any split of the batch, by N or
+    by the spatial dims, empty shards included. One all-reduce forward and one backward; none in evaluation, nor in a
+    group of one.
+
+    In evaluation without running statistics the batch of this rank alone is used, as in torch's own SyncBatchNorm.
+
+    Args:
+        input: ``[N, C, *]``, any floating dtype, any layout; N or the spatial size may be 0 and may differ between ranks.
+        running_mean: ``[C]`` or None; updated in place when training.
+        running_var: Unbiased variance over the global count, ``[C]`` or None; updated in place when training.
+        weight: γ, ``[C]`` or None.
+        bias: β, ``[C]`` or None.
+        training: Use and update the statistics of the batch.
+        momentum: Weight of the new batch; None for the cumulative average, which needs ``num_batches_tracked``.
+        eps: Added to the variance; positive when training.
+        num_batches_tracked: int64 scalar, counted up in place by every batch that has a sample on some rank.
+        group: The ranks that share statistics, as ``process_group`` of :class:`syncnorm.SyncBatchNorm`, or a resolved
+            :class:`syncnorm.distributed.Group`.
+        backend: ``"auto"`` or the name of a kernel backend. A named backend walks the synchronised path in a group of
+            one, too, where ``"auto"`` leaves the work to torch.
+        pending: float64 ``[2C + 2]``, zero at first: gathers statistics over micro-batches; with ``accumulate``.
+        accumulate: Micro-batches per update of the running statistics.
+        num_features: Channels that ``input`` must have; by default as many as ``running_mean`` or ``weight``.
+        input_dims: Numbers of dims that ``input`` may have; at least 2 by default.
+        site: Any object that stands for the layer; lets a checkpointed recompute reuse the statistics of its forward.
+
+    Returns:
+        Tensor like ``input``; dense layouts are preserved.
+
+    Raises:
+        ValueError: If the input does not fit, eps is not positive, or the whole group has one value per channel.
+        TypeError: If the input is not floating point.
+        SyncNormError: If this rank is outside the group, the group is gone, or the named backend refuses.
+        SyncNormMismatch: If ranks disagree on the backward to come, or another rank refused its input.
+
+    Reference: Ioffe & Szegedy (2015), algorithm 1; Peng et al. (2018), section 3.3, for statistics over devices.
+    """
+    if num_features is None:
+        known = running_mean if running_mean is not None else weight
+        num_features = None if known is None else known.numel()
+    if not training:
+        _validate(input, num_features, input_dims)
+        if running_mean is None or running_var is None:
+            return functional.batch_norm(input, None, None, *_in_dtype(input, weight, bias), True, 0.0, eps)
+        tensors = _in_dtype(input, running_mean, running_var, weight, bias)
+        return functional.batch_norm(input, *tensors, False, 0.0, eps)
+
+    ranks = group if isinstance(group, Group) else resolve(group_spec(group))
+    try:
+        _validate(input, num_features, input_dims)
+        if not eps > 0:
+            raise ValueError(f"eps must be positive when training, got {eps}.")
+    except (ValueError, TypeError):
+        if ranks.size > 1 and num_features is not None and not torch.compiler.is_compiling():
+            send_poison(num_features, input.device, ranks)
+        raise
+    has_statistics = running_mean is not None or pending is not None or num_batches_tracked is not None
+    running = RunningStatistics(running_mean, running_var, num_batches_tracked, momentum, pending, accumulate)
+    if ranks.size == 1 and backend == "auto" and pending is None and _torch_serves(input, weight, bias, running):
+        return _torch_batch_norm(input, weight, bias, eps, running)
+    needs_backward = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (input, weight, bias))
+    walk = Walk(eps, ranks, backend, needs_backward, site)
+    return batch_normalize(input, weight, bias, walk, running if has_statistics else None)
+
+
+def _validate(input: Tensor, num_features: int | None, input_dims: tuple[int, ...] | None) -> None:
+    if input.dim() < 2 or (input_dims is not None and input.dim() not in input_dims):
+        wanted = "at least 2" if input_dims is None else " or ".join(map(str, input_dims))
+        raise ValueError(f"expected an input [N, C, *] of {wanted} dims, got {list(input.shape)}.")
+    if not input.is_floating_point():
+        raise TypeError(f"expected a floating-point input, got {input.dtype}. Convert it, for example with input.float().")
+    if num_features is not None and input.size(1) != num_features:
+        hint = " The channels seem to be last: use x.movedim(-1, 1)." if input.size(-1) == num_features else ""
+        raise ValueError(f"expected {num_features} channels in dim 1, got an input {list(input.shape)}.{hint}")
+
+
+def _in_dtype(input: Tensor, *tensors: Tensor | None) -> list[Tensor | None]:
+    """Bring vectors of mixed dtypes to one that ``batch_norm`` takes beside ``input``; as they are if they fit."""
+    if _fits(input, *tensors):
+        return list(tensors)
+    dtype = torch.float64 if input.dtype == torch.float64 else torch.float32
+    return [None if t is None else t.to(dtype) for t in tensors]
+
+
+def _fits(input: Tensor, *tensors: Tensor | None) -> bool:
+    dtypes = {t.dtype for t in tensors if t is not None}
+    wide = torch.float32 if input.dtype in (torch.float16, torch.bfloat16) else input.dtype
+    return not dtypes or dtypes in ({input.dtype}, {wide})
+
+
+def _torch_serves(input: Tensor, weight: Tensor | None, bias: Tensor | None, running: RunningStatistics) -> bool:
+    if running.momentum is None and running.mean is not None and running.num_batches_tracked is not None:
+        # torch reads its counter on the host here; without that, the walk over a group of one gives the same average.
+        if input.device.type != "cpu" or torch.compiler.is_compiling():
+            return False
+    return _fits(input, weight, bias, running.mean, running.var)
+
+
+def _torch_batch_norm(
+    input: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, running: RunningStatistics
+) -> Tensor:
+    if input.numel() == input.size(1):
+        raise ValueError(
+            f"expected more than 1 value per channel when training, got an input {list(input.shape)}. Variance needs two: "
+            "use a larger batch or map, or a norm that does not use the batch (syncnorm.convert(model, to='group_norm'))."
+        )
+    if is_recomputing():
+        return functional.batch_norm(input, None, None, weight, bias, True, 0.0, eps)
+    counter, momentum = running.num_batches_tracked, running.momentum
+    if momentum is None:
+        momentum = 0.0 if counter is None or running.mean is None else 1.0 / max(int(counter) + 1, 1)
+    y = functional.batch_norm(input, running.mean, running.var, weight, bias, True, momentum, eps)
+    if counter is not None and input.numel():
+        counter.add_(1)
+    return y

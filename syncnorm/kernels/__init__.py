@@ -1,0 +1,71 @@
+"""The same mathematics, fast, behind one seam: four primitives of batch normalisation, and who may serve them.
+
+A backend is a module with the functions of :class:`Backend`. The reference defines what is right and runs anywhere. Each
+backend says in a sentence why it would not serve an input; ``auto`` takes the first without an objection, and a backend
+asked for by name runs or raises with its objection.
+"""
+
+from types import ModuleType
+from typing import Protocol, cast
+
+import torch
+from torch import Tensor
+
+from syncnorm.core.moments import Moments
+from syncnorm.errors import SyncNormError
+from syncnorm.kernels import aten, reference
+
+__all__ = ["BACKENDS", "Backend", "choose", "objections"]
+
+
+class Backend(Protocol):
+    """Four primitives on flat tensors, [N, C, S] or [M, C] (see :mod:`syncnorm.core.layout`). Vectors are float64 [C]."""
+
+    def objection(self, x: Tensor) -> str | None:
+        """Why this backend would not serve ``x`` [N, C, *], in a sentence; None if it would."""
+
+    def batch_moments(self, x: Tensor) -> Moments:
+        """Count, mean and M2 per channel; torch's ``batch_norm_stats``."""
+
+    def batch_normalize(self, x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+        """``(x - mean)·rstd·weight + bias`` in the dtype of ``x``; torch's ``batch_norm_elemt``."""
+
+    def batch_backward_reduce(self, grad: Tensor, x: Tensor, mean: Tensor, rstd: Tensor) -> Tensor:
+        """Σg and Σg·x̂, float64 ``[2, C]``; torch's ``batch_norm_backward_reduce``."""
+
+    def batch_backward_input(
+        self, grad: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor | None, means: Tensor
+    ) -> Tensor:
+        """``rstd·weight·(g - ⟨g⟩ - x̂⟨g·x̂⟩)`` with ``means`` = [⟨g⟩, ⟨g·x̂⟩]; torch's ``batch_norm_backward_elemt``."""
+
+
+def _backend(module: ModuleType) -> Backend:
+    return cast(Backend, module)
+
+
+# In the order in which "auto" asks.
+BACKENDS: dict[str, Backend] = {"aten": _backend(aten), "reference": _backend(reference)}
+
+
+def choose(name: str, x: Tensor) -> Backend:
+    """The backend for ``x``: by name, or the first without an objection for ``"auto"``.
+
+    Raises:
+        ValueError: For an unknown name.
+        SyncNormError: If a backend asked for by name objects.
+    """
+    if name == "auto":
+        if torch.compiler.is_compiling():
+            return BACKENDS["reference"]
+        return next(backend for backend in BACKENDS.values() if backend.objection(x) is None)
+    if name not in BACKENDS:
+        raise ValueError(f"backend must be one of {['auto', *BACKENDS]}, got {name!r}.")
+    reason = BACKENDS[name].objection(x)
+    if reason is not None:
+        raise SyncNormError(f"backend={name!r} was asked for and cannot run: {reason} Use backend='auto'.")
+    return BACKENDS[name]
+
+
+def objections(x: Tensor) -> dict[str, str | None]:
+    """What each backend says to ``x`` [N, C, *], in the order in which ``auto`` asks."""
+    return {name: backend.objection(x) for name, backend in BACKENDS.items()}

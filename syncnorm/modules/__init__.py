@@ -1,0 +1,17 @@
+"""Layers: the functions of :mod:`syncnorm.functional` with their state."""
+
+from syncnorm.modules._batch_norm import BatchNorm
+from syncnorm.modules._statistics import TARGETS, SyncStatistics, is_synced, register_swap
+from syncnorm.modules._sync_batch_norm import SyncBatchNorm, SyncBatchNorm1d, SyncBatchNorm2d, SyncBatchNorm3d
+
+__all__ = [
+    "TARGETS",
+    "BatchNorm",
+    "SyncBatchNorm",
+    "SyncBatchNorm1d",
+    "SyncBatchNorm2d",
+    "SyncBatchNorm3d",
+    "SyncStatistics",
+    "is_synced",
+    "register_swap",
+]

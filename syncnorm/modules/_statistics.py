@@ -1,0 +1,269 @@
+"""What the synchronised statistics family shares: its few fields, the class swap, copies that carry no process group.
+
+A converted layer is the same object with another class. Parameters, buffers, hooks, names, optimizer and EMA references
+and every alias stay; going back is another swap.
+"""
+
+from collections.abc import Callable
+from typing import Any, ClassVar, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from typing_extensions import Self
+
+from syncnorm.distributed.collectives import find_group
+from syncnorm.distributed.groups import LOCAL, Group, GroupSpec, group_spec, resolve
+from syncnorm.errors import SyncNormError
+from syncnorm.functional import sync_batch_norm
+from syncnorm.kernels import BACKENDS
+
+__all__ = ["TARGETS", "SyncStatistics", "is_synced", "register_swap"]
+
+TARGETS: dict[type[nn.Module], type["SyncStatistics"]] = {}
+"""Which class each exact type is swapped to."""
+
+_OURS = ("_group_spec", "_origin", "_sync", "_synced_over", "_torch_group", "accumulate", "backend")
+_HALVES = (torch.float16, torch.bfloat16)
+
+
+class SyncStatistics(_BatchNorm):
+    """Base of the layers that normalise over the ranks of a group. Subclasses come before a torch batch norm class.
+
+    Attributes:
+        backend: Kernel backend by name, or ``"auto"``.
+        accumulate: Micro-batches per update of the running statistics.
+    """
+
+    reverts_to: ClassVar[type[nn.Module]]
+    input_dims: ClassVar[tuple[int, ...] | None] = None
+
+    backend: str
+    accumulate: int
+    _group_spec: GroupSpec
+    _origin: type[nn.Module] | None
+    _sync: bool
+    _synced_over: int
+    _torch_group: GroupSpec | None
+
+    @property
+    def process_group(self) -> str | int | GroupSpec:
+        """Which ranks share statistics: ``"world"``, ``"node"``, ranks per group, or a remembered process group."""
+        spec = self._group_spec
+        if spec.kind == "size":
+            return spec.size
+        return spec if spec.kind in ("named", "outside") else spec.kind
+
+    @process_group.setter
+    def process_group(self, value: object) -> None:
+        self._group_spec = group_spec(value)
+        self._synced_over = 0
+
+    def __init__(
+        self,
+        num_features: int,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        process_group: object = None,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+        *,
+        bias: bool = True,
+        backend: str = "auto",
+        accumulate: int = 1,
+    ) -> None:
+        if eps < 0:
+            raise ValueError(f"eps must be positive, got {eps}.")
+        super().__init__(num_features, eps, momentum, affine, track_running_stats, device=device, dtype=dtype)
+        if affine and not bias:
+            self.register_parameter("bias", None)
+        self._set_up(group_spec(process_group), backend, accumulate)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Normalise ``input`` [N, C, *]: by the statistics of all ranks when training, by the running ones otherwise."""
+        training = self.training
+        tracked = not training or self.track_running_stats
+        try:
+            return sync_batch_norm(
+                input,
+                self.running_mean if tracked else None,
+                self.running_var if tracked else None,
+                self.weight,
+                self.bias,
+                training,
+                self.momentum,
+                self.eps,
+                num_batches_tracked=self.num_batches_tracked if tracked else None,
+                group=self._group() if training else LOCAL,
+                backend=self.backend,
+                pending=self._buffers.get("_pending") if tracked else None,
+                accumulate=self.accumulate,
+                num_features=self.num_features,
+                input_dims=self.input_dims,
+                site=None if torch.compiler.is_compiling() else self,
+            )
+        except (ValueError, TypeError, SyncNormError) as error:
+            raise type(error)(f"{type(self).__name__}({self.num_features}): {error}") from error
+
+    @classmethod
+    def adopt(
+        cls, module: nn.Module, *, process_group: object = None, backend: str = "auto", accumulate: int = 1
+    ) -> nn.Module:
+        """Make ``module`` a layer of this class, in place; :meth:`release` undoes it.
+
+        Args:
+            module: A layer whose exact type has this class in :data:`TARGETS`, or one that is synchronised already and
+                then takes the new settings.
+            process_group: As in the constructor; None keeps the group of a layer that has one, and is ``"world"`` else.
+            backend: As in the constructor.
+            accumulate: As in the constructor.
+
+        Returns:
+            The same object.
+
+        Raises:
+            TypeError: If this class is not what the exact type of ``module`` is swapped to.
+        """
+        origin: type[nn.Module] | None = None
+        torch_group: GroupSpec | None = None
+        if isinstance(module, SyncStatistics):
+            spec = module._group_spec if process_group is None else group_spec(process_group)
+            origin, torch_group = module._origin, module._torch_group
+        elif TARGETS.get(type(module)) is not cls:
+            raise TypeError(
+                f"{cls.__name__} takes the place of {[t.__name__ for t, target in TARGETS.items() if target is cls]} and "
+                f"nothing else, got {type(module).__name__}. register_adapter teaches it others."
+            )
+        else:
+            origin = type(module)
+            if "process_group" in module.__dict__:  # nn.SyncBatchNorm's, a live group that no copy could carry
+                torch_group = group_spec(module.__dict__["process_group"])
+            spec = torch_group if process_group is None and torch_group is not None else group_spec(process_group)
+            _check_options(backend, accumulate)
+            module.__dict__.pop("process_group", None)
+            module.__class__ = cls
+        layer = cast(SyncStatistics, module)
+        layer._set_up(spec, backend, accumulate, origin, torch_group)
+        return layer
+
+    def release(self) -> nn.Module:
+        """Give the layer its original class back, in place, and take away all that :meth:`adopt` added."""
+        origin, torch_group = self._origin or self.reverts_to, self._torch_group
+        for name in _OURS:
+            self.__dict__.pop(name, None)
+        self._set_pending(1)
+        for name in ("running_mean", "running_var"):
+            statistic, weight = self._buffers.get(name), self._parameters.get("weight")
+            if statistic is not None and weight is not None and weight.dtype in _HALVES:
+                # Kept in float32 by us; torch's layer wants the statistics in the dtype of a half-precision weight.
+                self._buffers[name] = statistic.to(weight.dtype)
+        self.__class__ = origin
+        if torch_group is not None:
+            group = find_group(torch_group.name) if torch_group.kind == "named" else None
+            self.__dict__["process_group"] = group
+        return self
+
+    @classmethod
+    def convert_sync_batchnorm(cls, module: nn.Module, process_group: object = None) -> nn.Module:
+        """As ``nn.SyncBatchNorm.convert_sync_batchnorm``, in place: every batch norm in ``module`` becomes synchronised.
+
+        :func:`syncnorm.convert` does the same with a choice of layers, a report and a warning for what it leaves.
+        """
+        for layer in list(module.modules()):
+            if is_synced(layer) or type(layer) in TARGETS:
+                TARGETS.get(type(layer), SyncStatistics).adopt(layer, process_group=process_group)
+        return module
+
+    def extra_repr(self) -> str:
+        """The fields of torch's layer, and ours where they are not the default."""
+        ours = {"process_group": (self._group_spec, GroupSpec()), "backend": (self.backend, "auto")}
+        ours["accumulate"] = (self.accumulate, 1)
+        extra = [f"{name}={value}" for name, (value, default) in ours.items() if value != default]
+        return ", ".join([super().extra_repr(), *extra])
+
+    def _group(self) -> Group:
+        if not self._sync:
+            return LOCAL
+        group = resolve(self._group_spec)
+        if torch.compiler.is_compiling():
+            return group
+        if not group.name and self._synced_over > 1:
+            raise SyncNormError(
+                f"the layer was synchronised over {self._synced_over} ranks and now there is no process group. Initialise it "
+                "again, or say that one process is meant: syncnorm.revert(model), or `with syncnorm.disabled(model):`."
+            )
+        if self._synced_over != group.size:
+            self._synced_over = group.size
+        return group
+
+    def _set_up(
+        self,
+        spec: GroupSpec,
+        backend: str,
+        accumulate: int,
+        origin: type[nn.Module] | None = None,
+        torch_group: GroupSpec | None = None,
+    ) -> None:
+        _check_options(backend, accumulate)
+        self._group_spec, self.backend, self._sync, self._synced_over = spec, backend, True, 0
+        self._origin, self._torch_group = origin, torch_group
+        self._set_pending(accumulate)
+        self.accumulate = accumulate
+
+    def _set_pending(self, accumulate: int) -> None:
+        self._buffers.pop("_pending", None)
+        self._non_persistent_buffers_set.discard("_pending")
+        if accumulate > 1:
+            device = None if self.running_mean is None else self.running_mean.device
+            pending = torch.zeros(2 * self.num_features + 2, dtype=torch.float64, device=device)
+            self.register_buffer("_pending", pending, persistent=False)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        # Half precision cannot hold a running average (momentum 0.1 moves it by less than its rounding), nor can it hold
+        # the sums of micro-batches: where .half() or .bfloat16() narrows them, they move to the device as they are.
+        names = ("running_mean", "running_var", "_pending")
+        before = {name: self._buffers.get(name) for name in names}
+        super()._apply(fn, recurse)
+        for name, old in before.items():
+            new = self._buffers.get(name)
+            if old is None or new is None or new.dtype == old.dtype:
+                continue
+            if name == "_pending" or (new.dtype in _HALVES and old.dtype not in _HALVES):
+                self._buffers[name] = old.to(new.device) if not new.is_meta else torch.empty_like(new, dtype=old.dtype)
+        return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy may wake up in a process of its own: that it ran over ranks is not part of it.
+        return {**self.__dict__, "_synced_over": 0}
+
+
+def is_synced(module: nn.Module) -> bool:
+    """Whether ``module`` is one of our synchronised layers."""
+    return isinstance(module, SyncStatistics)
+
+
+def register_swap(source: type[nn.Module], target: type[SyncStatistics]) -> None:
+    """Let layers of exactly ``source`` be swapped to ``target``.
+
+    Args:
+        source: A batch norm class, usually a subclass with a ``forward`` of its own.
+        target: A subclass of both ``source`` and :class:`SyncStatistics` whose instances have the fields of ``source``.
+
+    Raises:
+        TypeError: If ``target`` is not such a subclass.
+    """
+    if not (issubclass(target, source) and issubclass(target, SyncStatistics)):
+        raise TypeError(
+            f"the target must subclass both {source.__name__} and syncnorm.modules.SyncStatistics, so that an instance can "
+            f"change between the two; {target.__name__} has bases {[base.__name__ for base in target.__mro__[1:-1]]}."
+        )
+    TARGETS[source] = target
+
+
+def _check_options(backend: str, accumulate: int) -> None:
+    if backend != "auto" and backend not in BACKENDS:
+        raise ValueError(f"backend must be one of {['auto', *BACKENDS]}, got {backend!r}.")
+    if not isinstance(accumulate, int) or accumulate < 1:
+        raise ValueError(f"accumulate is a number of micro-batches, at least 1; got {accumulate!r}.")
