@@ -4,20 +4,45 @@ Importing it brings torch and nothing heavier; the Lightning doors load Lightnin
 """
 
 import importlib
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from syncnorm._version import __version__
+from syncnorm.conversion import convert, disabled, no_stats_update, plan, register_adapter, revert
 from syncnorm.distributed import loss_weight
 from syncnorm.errors import SyncNormError, SyncNormMismatch
 from syncnorm.modules import SyncBatchNorm, SyncBatchNorm1d, SyncBatchNorm2d, SyncBatchNorm3d
+
+if TYPE_CHECKING:
+    from syncnorm.lightning import SyncNorm as SyncNorm
+    from syncnorm.lightning import SyncNormPlugin as SyncNormPlugin
 
 __all__ = [
     "SyncBatchNorm",
     "SyncBatchNorm1d",
     "SyncBatchNorm2d",
     "SyncBatchNorm3d",
+    "SyncNorm",
     "SyncNormError",
     "SyncNormMismatch",
+    "SyncNormPlugin",
     "__version__",
+    "convert",
+    "disabled",
     "loss_weight",
+    "no_stats_update",
+    "plan",
+    "register_adapter",
+    "revert",
 ]
+
+_LAZY = {"SyncNorm": "syncnorm.lightning", "SyncNormPlugin": "syncnorm.lightning"}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LAZY:
+        return getattr(importlib.import_module(_LAZY[name]), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,0 +1,10 @@
+"""Surgery on someone else's model: convert its batch norms, give them back, and say beforehand what would happen."""
+
+from syncnorm.conversion._adapters import register_adapter
+from syncnorm.conversion._contexts import disabled, no_stats_update
+from syncnorm.conversion._convert import convert
+from syncnorm.conversion._plan import Entry, Plan, plan
+from syncnorm.conversion._revert import revert
+from syncnorm.conversion._targets import To
+
+__all__ = ["Entry", "Plan", "To", "convert", "disabled", "no_stats_update", "plan", "register_adapter", "revert"]

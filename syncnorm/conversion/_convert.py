@@ -1,0 +1,105 @@
+"""A model's batch norms become synchronised, or another kind of norm, in place; everything is checked before anything moves."""
+
+import warnings
+from typing import Any, cast
+
+from torch import nn
+
+from syncnorm.conversion._adapters import target_of
+from syncnorm.conversion._layers import display
+from syncnorm.conversion._plan import Plan, plan, shorten, skipped_text
+from syncnorm.conversion._replace import build_replacement, like_tensor, put
+from syncnorm.conversion._select import Patterns
+from syncnorm.modules import SyncStatistics
+
+__all__ = ["convert"]
+
+
+def convert(
+    model: nn.Module,
+    to: str = "sync_batch_norm",
+    *,
+    include: Patterns = None,
+    exclude: Patterns = None,
+    process_group: object = None,
+    strict: bool = False,
+    **options: Any,
+) -> nn.Module:
+    """Convert the batch norms of a model, in place; :func:`syncnorm.revert` undoes it exactly.
+
+    To ``"sync_batch_norm"`` a layer stays the same object and changes its class: parameters, buffers, hooks, names, training
+    flags and every reference to it stay. It works before and after DDP, under FSDP and with ``torch.compile``, any number of
+    times. To another kind of norm, a new module takes the place of the old one under every name it has; weight and bias are
+    the same ``Parameter`` objects, hooks stay, and a batch norm's checkpoint still loads.
+
+    Only layers of exactly a known class are touched: ``nn.BatchNorm1d/2d/3d``, ``nn.SyncBatchNorm``, ours, what
+    ``Trainer(sync_batchnorm=True)`` leaves, and what :func:`syncnorm.register_adapter` was told. One warning names the batch
+    norms that were left. Group, layer and instance norms are nobody's batch norm and stay.
+
+    Args:
+        model: Any module; also one that is itself a batch norm.
+        to: ``"sync_batch_norm"``; ``"group_norm"``; ``"layer_norm"`` (over channels and space, as a group norm of one group:
+            right for any rank of input); ``"instance_norm"`` (without running statistics).
+        include: Convert only these: a glob on the qualified name (``*`` matches dots too; the ``module.`` of DDP and the like
+            may be left out), a module type, a callable ``(name, module) -> bool``, or a sequence of them. None means all.
+        exclude: Leave these; as ``include``, and stronger.
+        process_group: Which ranks share statistics, as in :class:`syncnorm.SyncBatchNorm`. None means all ranks, and for a
+            layer that has a group, that one. Only for ``"sync_batch_norm"``.
+        strict: Raise, and change nothing, where a layer would be left with a warning.
+        **options: For ``"sync_batch_norm"``: ``backend="auto"`` and ``accumulate=1``, as in
+            :class:`syncnorm.SyncBatchNorm`. For ``"group_norm"``: ``num_groups=32``; where it does not divide the channels,
+            the greatest common divisor is taken and said. For all but ``"sync_batch_norm"``: ``affine=None`` (a weight and
+            bias where the layer has them; True adds, False drops them).
+
+    Returns:
+        ``model``. Only where the model is itself a batch norm and not converted to ``"sync_batch_norm"``, the new module.
+
+    Raises:
+        ValueError: For an unknown target, a value out of range, or a pattern that matches nothing.
+        TypeError: For an option that the target does not take, or an argument of the wrong type.
+        SyncNormError: If a wrapper around the model forbids the change, or with ``strict`` a layer would be left.
+
+    Example:
+        >>> model = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.BatchNorm2d(8))
+        >>> type(syncnorm.convert(model)[1])
+        <class 'syncnorm.modules._sync_batch_norm.SyncBatchNorm2d'>
+    """
+    made = plan(model, to, include=include, exclude=exclude, process_group=process_group, strict=strict, **options)
+    _warn(made)
+    root = model
+    like = {id(entry._layer.module): like_tensor(entry._layer, model) for entry in made.entries}
+    for entry in made.entries:
+        if entry.action == "swap":
+            _swap(entry._layer.module, made.options)
+        elif entry.action == "replace":
+            new = build_replacement(entry._layer.module, to, made.options, like[id(entry._layer.module)])
+            put(entry._layer.places, new)
+            root = new if entry._layer.module is model else root
+    return root
+
+
+def _swap(module: nn.Module, options: dict[str, Any]) -> None:
+    if isinstance(module, SyncStatistics):  # new settings; those not given stay
+        options = {"backend": module.backend, "accumulate": module.accumulate, **options}
+        type(module).adopt(module, **options)
+        return
+    target = cast(type[SyncStatistics], target_of(type(module)))
+    target.adopt(module, **options)
+
+
+def _warn(made: Plan) -> None:
+    texts = []
+    if not made.entries:
+        texts.append("the model has no batch norm, nothing was converted")
+    skipped = [entry for entry in made.entries if entry.action == "skip"]
+    if skipped:
+        texts.append(f"left {len(skipped)} as they were:\n{skipped_text(skipped)}")
+    coarser = [entry for entry in made.entries if entry.action == "replace" and "does not divide" in entry.reason]
+    if coarser:
+        asked = made.options.get("num_groups", 32)
+        became = shorten([f"{display(entry.name)} → {entry.target}" for entry in coarser])
+        texts.append(
+            f"num_groups={asked} does not divide the channels of every layer, the greatest common divisor does: {became}"
+        )
+    for text in texts:
+        warnings.warn(f"syncnorm.convert(to={made.to!r}): {text}", UserWarning, stacklevel=3)

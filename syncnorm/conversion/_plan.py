@@ -1,0 +1,184 @@
+"""What a conversion would do, layer by layer with the reason, before anything is done. The conversion itself follows it."""
+
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+
+from syncnorm.conversion._layers import Layer, class_names, display, find_layers, walk
+from syncnorm.conversion._select import Patterns, select
+from syncnorm.conversion._table import table
+from syncnorm.conversion._targets import check_options
+from syncnorm.conversion._verdict import judge
+from syncnorm.errors import SyncNormError
+
+__all__ = ["Entry", "Plan", "plan"]
+
+
+@dataclass(frozen=True)
+class Entry:
+    """What happens to one layer.
+
+    Attributes:
+        name: Its first qualified name; empty for a model that is itself the layer.
+        aliases: Its other names.
+        source: Its class.
+        target: What it becomes, or stays.
+        action: ``"swap"`` (of the class, in place), ``"replace"`` (by another module), ``"keep"`` or ``"skip"``.
+        reason: Why, in words.
+    """
+
+    name: str
+    aliases: tuple[str, ...]
+    source: str
+    target: str
+    action: str
+    reason: str
+    _layer: Layer = field(repr=False, compare=False)
+    _options: dict[str, Any] = field(repr=False, compare=False)
+
+    @property
+    def changes_parameters(self) -> bool:
+        """Whether the layer would have a weight that it has not now, or the other way round."""
+        affine = self._options.get("affine")
+        return self.action == "replace" and affine not in (
+            None,
+            self._layer.module._parameters.get("weight") is not None,
+        )
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What :func:`syncnorm.convert` would do; prints as a table.
+
+    Attributes:
+        to: The target.
+        options: Options of the target that were given.
+        entries: One per layer that uses batch statistics, in the model's order.
+    """
+
+    to: str
+    options: dict[str, Any]
+    entries: tuple[Entry, ...]
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """Layers per action."""
+        counted = Counter(entry.action for entry in self.entries)
+        return {action: counted[action] for action in ("swap", "replace", "keep", "skip")}
+
+    def __str__(self) -> str:
+        counts = (
+            ", ".join(f"{number} {action}" for action, number in self.counts.items() if number) or "nothing to convert"
+        )
+        rows = [
+            (
+                display(e.name),
+                e.source,
+                e.action,
+                e.target,
+                "; ".join([e.reason, *(f"also {alias}" for alias in e.aliases)]),
+            )
+            for e in self.entries
+        ]
+        return f"to {self.to}: {counts}\n" + table(("layer", "class", "action", "becomes", "reason"), rows)
+
+
+def plan(
+    model: nn.Module,
+    to: str = "sync_batch_norm",
+    *,
+    include: Patterns = None,
+    exclude: Patterns = None,
+    process_group: object = None,
+    strict: bool = False,
+    **options: Any,
+) -> Plan:
+    """Show what :func:`syncnorm.convert` would do with the same arguments. Changes nothing.
+
+    Args:
+        model: As for ``convert``.
+        to: As for ``convert``.
+        include: As for ``convert``.
+        exclude: As for ``convert``.
+        process_group: As for ``convert``.
+        strict: As for ``convert``: raise if a layer would be skipped.
+        **options: As for ``convert``.
+
+    Returns:
+        A :class:`Plan`; ``print`` it.
+
+    Raises:
+        ValueError: For an unknown target, a value out of range, or a pattern that matches nothing.
+        TypeError: For an option that the target does not take, or an argument of the wrong type.
+        SyncNormError: If a wrapper around the model forbids the change, or with ``strict`` a layer would be skipped.
+
+    Example:
+        >>> print(syncnorm.plan(torch.nn.Sequential(torch.nn.BatchNorm1d(6)), to="group_norm"))
+        to group_norm: 1 replace
+        layer  class        action   becomes          reason
+        0      BatchNorm1d  replace  GroupNorm(2, 6)  32 does not divide 6, 2 = gcd(32, 6) does; weight and bias carried over
+    """
+    given = {**options} if process_group is None else {"process_group": process_group, **options}
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"convert and plan take an nn.Module, got {type(model).__name__}.")
+    check_options(to, given)
+    layers = find_layers(model)
+    included, excluded = (select(model, layers, *p) for p in (("include", include), ("exclude", exclude)))
+    entries = []
+    for layer in layers:
+        own = type(layer.module).__name__
+        if id(layer.module) in excluded:
+            verdict = ("keep", own, f"excluded by {excluded[id(layer.module)]}")
+        elif include is not None and id(layer.module) not in included:
+            verdict = ("keep", own, "not included")
+        else:
+            verdict = judge(layer, to, given)
+        action, target, reason = verdict
+        entries.append(Entry(layer.names[0], tuple(layer.names[1:]), own, target, action, reason, layer, given))
+    made = Plan(to, given, tuple(entries))
+    _refuse_wrapped(model, made)
+    skipped = [entry for entry in entries if entry.action == "skip"]
+    if strict and skipped:
+        raise SyncNormError(
+            f"strict=True, and {len(skipped)} layers cannot be converted to {to!r}; nothing was changed:\n{skipped_text(skipped)}"
+        )
+    return made
+
+
+def skipped_text(skipped: list[Entry]) -> str:
+    """Layers left as they are, one line per class and reason."""
+    alike: dict[tuple[str, str], list[str]] = {}
+    for entry in skipped:
+        alike.setdefault((entry.source, entry.reason), []).append(display(entry.name))
+    return "\n".join(
+        f"  {len(names)} × {source} ({shorten(names)}): {reason}." for (source, reason), names in alike.items()
+    )
+
+
+def shorten(names: list[str]) -> str:
+    """Names in a row, the first few of many."""
+    return ", ".join(names if len(names) <= 6 else [*names[:5], f"… {len(names) - 5} more"])
+
+
+def _refuse_wrapped(model: nn.Module, made: Plan) -> None:
+    """A wrapper that has taken note of the parameters cannot have them change under it."""
+    replaced = [entry for entry in made.entries if entry.action == "replace"]
+    if not replaced:
+        return
+    around = set().union(*(class_names(place.module) for place in walk(model)))
+    sharded = around & {"FullyShardedDataParallel", "FSDPModule"}
+    if sharded:
+        raise SyncNormError(
+            f"to={made.to!r} puts other modules in place of {shorten([e.name for e in replaced])}, and {sharded.pop()} has "
+            "sharded the model as it is. Convert before sharding; nothing was changed."
+        )
+    changing = [e for e in replaced if e.changes_parameters]
+    if changing and "DistributedDataParallel" in around:
+        what = "add parameters to" if made.options["affine"] else "take parameters from"
+        raise SyncNormError(
+            f"affine={made.options['affine']} would {what} {shorten([e.name for e in changing])}, and "
+            "DistributedDataParallel has taken note of the parameters there are. Convert before wrapping the model; nothing "
+            "was changed."
+        )

@@ -1,0 +1,85 @@
+"""The way back: the exact original classes, and the original modules where another had taken their place."""
+
+import weakref
+
+from torch import nn
+
+from syncnorm.conversion._adapters import LEFTOVERS
+from syncnorm.conversion._layers import find_layers, origin_of, qualified_type
+from syncnorm.conversion._replace import like_tensor, put, restore_origin
+from syncnorm.modules import BatchNorm, SyncStatistics
+
+__all__ = ["revert", "without_synchronisation"]
+
+_DIMS: dict[int | None, type[nn.Module]] = {None: BatchNorm, 1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
+
+# Layers that were nn.SyncBatchNorm before convert and are again: a second revert leaves them, as the first one did.
+_given_back: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+
+
+def revert(model: nn.Module, *, dim: int | None = None) -> nn.Module:
+    """Undo :func:`syncnorm.convert`, in place: every layer gets its exact original class, or its place, back.
+
+    What was learned since stays: parameters are the objects in use now, running statistics are where training brought them
+    (of a layer that was replaced: as they were, for group norm has none). Training flags, hooks and device are the current
+    ones. ``nn.SyncBatchNorm`` that was not converted by us becomes plain batch norm.
+
+    Args:
+        model: A converted model, or any other.
+        dim: What a layer becomes that does not know its number of spatial dims: ``nn.BatchNorm{dim}d`` for 1, 2 or 3.
+            Those layers are ``nn.SyncBatchNorm``, our ``SyncBatchNorm`` and what ``Trainer(sync_batchnorm=True)`` leaves.
+            None gives an ``nn.SyncBatchNorm`` that was converted back as it was, and turns others into
+            :class:`syncnorm.modules.BatchNorm`, which takes any number of dims.
+
+    Returns:
+        ``model``, or the original layer if ``model`` took the place of one.
+
+    Raises:
+        ValueError: If ``dim`` is not None, 1, 2 or 3.
+
+    Example:
+        >>> model = syncnorm.convert(torch.nn.Sequential(torch.nn.BatchNorm1d(8)), to="layer_norm")
+        >>> type(syncnorm.revert(model)[0])
+        <class 'torch.nn.modules.batchnorm.BatchNorm1d'>
+    """
+    if dim not in _DIMS:
+        raise ValueError(f"dim must be 1, 2, 3 or None, got {dim!r}.")
+    root = model
+    for layer in find_layers(model):
+        if origin_of(layer.module) is not None:
+            old = restore_origin(layer.module, like_tensor(layer, model))
+            put(layer.places, old)
+            root = old if layer.module is model else root
+            _mark_given_back(old, dim)
+    for module in list(root.modules()):
+        _revert_class(module, dim)
+    return root
+
+
+def without_synchronisation(model: nn.Module) -> nn.Module:
+    """Every synchronised layer of ``model`` as plain batch norm, in place; replaced layers stay replaced."""
+    for module in list(model.modules()):
+        _revert_class(module, None)
+        if type(module) is nn.SyncBatchNorm:
+            _to_plain(module, None)
+    return model
+
+
+def _revert_class(module: nn.Module, dim: int | None) -> None:
+    if isinstance(module, SyncStatistics):
+        module.release()
+        _mark_given_back(module, dim)
+    foreign = type(module) is nn.SyncBatchNorm and (dim is not None or module not in _given_back)
+    dimless = dim is not None and (type(module) is BatchNorm or qualified_type(type(module)) in LEFTOVERS)
+    if foreign or dimless:
+        _to_plain(module, dim)
+
+
+def _mark_given_back(module: nn.Module, dim: int | None) -> None:
+    if type(module) is nn.SyncBatchNorm and dim is None:
+        _given_back.add(module)
+
+
+def _to_plain(module: nn.Module, dim: int | None) -> None:
+    module.__dict__.pop("process_group", None)
+    module.__class__ = _DIMS[dim]
