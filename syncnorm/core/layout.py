@@ -16,6 +16,9 @@ def flatten(x: Tensor) -> Tensor:
     """View ``x`` [N, C, *] as [N, C, S], or as [M, C] if its channels are innermost; copies only a layout that is neither."""
     if x.dim() == 2:
         return x.contiguous()
+    flat = x.flatten(2) if x.is_contiguous() else None
+    if flat is not None and flat.size(2) > 1:
+        return flat
     channels_inner = x.movedim(1, -1)
     if channels_inner.is_contiguous():
         return channels_inner.reshape(-1, x.size(1))

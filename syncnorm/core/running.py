@@ -50,21 +50,30 @@ def update_running(running: RunningStatistics, batch: Moments) -> None:
     """
     due = batch.count > 0
     if running.pending is not None:
-        # The k-th micro-batch completes the sums; the one after it starts them again.
-        started = running.pending[-1] % running.accumulate
-        sums = torch.where(started > 0, running.pending[:-1], 0.0) + to_sums(batch)
-        running.pending.copy_(torch.cat([sums, (started + due).reshape(1)]))
-        due = due & (running.pending[-1] == running.accumulate)
-        batch = from_sums(sums)
-    if running.num_batches_tracked is not None:
-        running.num_batches_tracked.add_(due)
+        batch, due = _gather(running.pending, running.accumulate, batch)
+    counter = running.num_batches_tracked
+    if counter is not None:
+        counter.add_(due)
     if running.mean is None or running.var is None:
         return
-    if running.momentum is not None:
-        factor = due.double() * running.momentum
-    elif running.num_batches_tracked is not None:
-        factor = due.double() / running.num_batches_tracked.clamp(min=1)
-    else:
-        factor = due.double() * 0.0  # as torch: without a counter there is no average to take
-    running.mean.copy_(running.mean.double().lerp(batch.mean, factor))
-    running.var.copy_(running.var.double().lerp(batch.unbiased_var, factor))
+    if running.momentum is None and counter is not None:
+        factor = due / counter.clamp(min=1).double()
+    else:  # as torch: without a counter there is no average to take
+        factor = (due.double() if isinstance(due, Tensor) else due) * (running.momentum or 0.0)
+    for buffer, new in ((running.mean, batch.mean), (running.var, batch.unbiased_var)):
+        wide = buffer if buffer.dtype in (torch.float32, torch.float64) else buffer.float()
+        weight = factor.to(wide.dtype) if isinstance(factor, Tensor) else factor
+        moved = wide.lerp_(new.to(wide.dtype), weight)
+        if wide is not buffer:
+            buffer.copy_(moved)
+
+
+def _gather(pending: Tensor, accumulate: int, batch: Moments) -> tuple[Moments, Tensor]:
+    """Add a micro-batch to ``pending``; the pooled moments so far, and whether they are due."""
+    # The k-th micro-batch completes the sums; the one after it starts them again.
+    started = pending[-1] % accumulate
+    row = to_sums(batch)
+    sums = torch.where(started > 0, pending[:-1], 0.0) + row
+    counted = row[0] > 0
+    pending.copy_(torch.cat([sums, (started + counted).reshape(1)]))
+    return from_sums(sums), counted & (pending[-1] == accumulate)

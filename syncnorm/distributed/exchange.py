@@ -35,10 +35,13 @@ def exchange_moments(local: Moments, group: Group, *, needs_backward: bool) -> M
     """
     if group.size == 1:
         return local
-    row = torch.cat([to_sums(local), local.count.new_full((1,), float(needs_backward))])
+    row = torch.cat([to_sums(local), local.mean.new_full((1,), float(needs_backward))])
     row = all_reduce_sum(row, group.name)
-    _check_agreement(row, group, needs_backward)
-    return from_sums(row[:-1])
+    if torch.compiler.is_compiling() or row.device.type != "cpu" or type(row) is not Tensor:
+        return from_sums(row[:-1])
+    words = row.numpy()  # host memory: two reads of it are no tensor operations and wait for nothing
+    _check_agreement(float(words[-1]), group, needs_backward)
+    return from_sums(row[:-1], float(words[0]))
 
 
 def exchange_sums(local: Tensor, group: Group) -> Tensor:
@@ -53,10 +56,7 @@ def send_poison(num_features: int, device: torch.device, group: Group) -> None:
     all_reduce_sum(row, group.name)
 
 
-def _check_agreement(row: Tensor, group: Group, needs_backward: bool) -> None:
-    if torch.compiler.is_compiling() or row.device.type != "cpu" or type(row) is not Tensor:
-        return
-    word = float(row.numpy()[-1])  # a read of host memory, not a tensor operation
+def _check_agreement(word: float, group: Group, needs_backward: bool) -> None:
     if word in (0.0, float(group.size)):
         return
     refused, with_backward = divmod(word, _POISON)

@@ -15,7 +15,7 @@ from torch.autograd.function import once_differentiable
 
 from syncnorm.core.backward import double_backward_input, double_backward_sums
 from syncnorm.core.layout import accumulate_dtype, channel_view, count_per_channel, flatten, flatten_like, unflatten
-from syncnorm.core.moments import Moments, empty_moments
+from syncnorm.core.moments import Moments, at_least_one, empty_moments
 from syncnorm.core.running import RunningStatistics, update_running
 from syncnorm.distributed.exchange import exchange_moments, exchange_sums
 from syncnorm.distributed.groups import Group
@@ -54,10 +54,10 @@ def batch_normalize(
     """
     if not torch.compiler.is_compiling():
         # Inside, because there torch.func's wrappers are off and buffers may be written in place.
-        y: Tensor = _Normalize.apply(x, weight, bias, walk, running)[0]
+        y: Tensor = _apply(_Normalize, x, weight, bias, walk, running)[0]
         return y
     y, mean, m2, _, count = _Normalize.apply(x, weight, bias, walk, None)
-    if count_per_channel(x) <= 1:
+    if count_per_channel(x) <= 1 and isinstance(count, Tensor):
         torch._assert_async(count != 1, _ONE_VALUE)
     if running is not None:
         update_running(running, Moments(count, mean, m2))
@@ -68,7 +68,7 @@ class _Normalize(Function):
     @staticmethod
     def forward(
         x: Tensor, weight: Tensor | None, bias: Tensor | None, walk: Walk, running: RunningStatistics | None
-    ) -> tuple[Tensor, ...]:
+    ) -> tuple[Any, ...]:
         recomputing = is_recomputing()
         moments = recall(walk.site) if recomputing else None
         flat = flatten(x) if x.numel() else x
@@ -78,7 +78,7 @@ class _Normalize(Function):
             _check_more_than_one(moments.count, x)
             if not recomputing and not torch.compiler.is_compiling():
                 remember(walk.site, moments)
-        rstd = (moments.var + walk.eps).rsqrt()
+        rstd = moments.var.add_(walk.eps).rsqrt_()
         if x.numel():
             backend = choose(walk.backend, x)
             y = unflatten(backend.batch_normalize(flat, moments.mean, rstd, weight, bias), x.shape)
@@ -89,21 +89,27 @@ class _Normalize(Function):
         return y, moments.mean, moments.m2, rstd, moments.count
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
         x, weight, bias, walk, _ = inputs
         _, mean, m2, rstd, count = output
-        ctx.mark_non_differentiable(mean, m2, rstd, count)
-        ctx.save_for_backward(x, weight, mean, rstd, count)
+        ctx.mark_non_differentiable(*(t for t in (mean, m2, rstd, count) if isinstance(t, Tensor)))
+        ctx.set_materialize_grads(False)
+        count_tensor, ctx.count = (count, None) if isinstance(count, Tensor) else (None, count)
+        ctx.save_for_backward(x, weight, mean, rstd, count_tensor)
         ctx.walk, ctx.bias_dtype = walk, None if bias is None else bias.dtype
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
         x, weight, mean, rstd, count = ctx.saved_tensors
+        if grad is None:
+            grad = torch.zeros_like(x)
+        if count is None:
+            count = ctx.count
         arguments = (grad, x, weight, mean, rstd, count, ctx.walk, ctx.needs_input_grad[0])
         if torch.compiler.is_compiling():
             dx, dweight, dbias, _ = _Backward.forward(*arguments)
         else:
-            dx, dweight, dbias, _ = _Backward.apply(*arguments)
+            dx, dweight, dbias, _ = _apply(_Backward, *arguments)
         return (
             dx,
             dweight.to(weight.dtype) if ctx.needs_input_grad[1] else None,
@@ -123,13 +129,13 @@ class _Backward(Function):
         weight: Tensor | None,
         mean: Tensor,
         rstd: Tensor,
-        count: Tensor,
+        count: Tensor | float,
         walk: Walk,
         needs_input_grad: bool,
     ) -> tuple[Tensor | None, Tensor, Tensor, Tensor]:
         if not x.numel():
             sums = torch.zeros(2, x.size(1), dtype=torch.float64, device=x.device)
-            means = exchange_sums(sums.clone(), walk.group) / count.clamp(min=1)
+            means = exchange_sums(sums.clone(), walk.group) / at_least_one(count)
             return torch.empty_like(x), sums[1], sums[0], means
         backend, flat = choose(walk.backend, x), flatten(x)
         grad = flatten_like(grad, flat)
@@ -146,13 +152,15 @@ class _Backward(Function):
         grad, x, weight, mean, rstd, count, walk, _ = inputs
         means = output[3]
         ctx.mark_non_differentiable(means)
-        ctx.save_for_backward(grad, x, weight, mean, rstd, count, means)
+        count_tensor, ctx.count = (count, None) if isinstance(count, Tensor) else (None, count)
+        ctx.save_for_backward(grad, x, weight, mean, rstd, means, count_tensor)
         ctx.walk = walk
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, v: Tensor | None, a: Tensor, b: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        grad, x, weight, mean, rstd, count, means = ctx.saved_tensors
+        grad, x, weight, mean, rstd, means, count = ctx.saved_tensors
+        count = ctx.count if count is None else count
         accumulate = accumulate_dtype(x.dtype)
         shape, empty = x.shape, not x.numel()
         flat = (x.flatten(2) if x.dim() > 2 else x) if empty else flatten(x)
@@ -163,7 +171,7 @@ class _Backward(Function):
         a, b, rstd = a.to(accumulate), b.to(accumulate), rstd.to(accumulate)
         gamma = torch.ones_like(rstd) if weight is None else weight.to(accumulate)
         sums = exchange_sums(double_backward_sums(v_flat, a, g_flat, x_hat), ctx.walk.group)
-        all_means = torch.cat([means, sums / count.clamp(min=1)]).to(accumulate)
+        all_means = torch.cat([means, sums / at_least_one(count)]).to(accumulate)
         grad_g, grad_x, grad_weight = double_backward_input(
             v_flat, a, b, g_flat, x_hat, rstd, gamma, all_means
         )  # fmt: skip
@@ -175,17 +183,25 @@ class _Backward(Function):
         return grad_g.to(x.dtype), grad_x.to(x.dtype), grad_weight_out, None, None, None, None, None
 
 
+def _apply(function: type[Function], *arguments: Any) -> Any:
+    # Function.apply inspects the signature of forward at every call, 35 µs here; only torch.func's transforms need that.
+    if torch._C._are_functorch_transforms_active():
+        return function.apply(*arguments)
+    return super(Function, function).apply(*arguments)  # type: ignore[misc]
+
+
 _ONE_VALUE = "expected more than 1 value per channel in the whole group when training, got 1"
 
 
-def _check_more_than_one(count: Tensor, x: Tensor) -> None:
-    # A rank with two values knows the answer, so the count is read only where this rank has at most one.
-    if count_per_channel(x) > 1 or torch.compiler.is_compiling() or type(count) is not Tensor:
+def _check_more_than_one(count: Tensor | float, x: Tensor) -> None:
+    # A rank with two values knows the answer, so a count on an accelerator is read only where this rank has at most one.
+    if count_per_channel(x) > 1:
         return
-    if count.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-        return
-    total = float(count.numpy()) if count.device.type == "cpu" else count.item()
-    if total == 1:
+    if isinstance(count, Tensor):
+        if torch.compiler.is_compiling() or (count.is_cuda and torch.cuda.is_current_stream_capturing()):
+            return
+        count = count.item()
+    if count == 1:
         raise ValueError(
             f"{_ONE_VALUE} (this rank's input is {list(x.shape)}). Variance needs two: use a larger batch or map, more "
             "ranks per group, or a norm that does not use the batch (syncnorm.convert(model, to='group_norm'))."

@@ -24,8 +24,7 @@ def batch_moments(x: Tensor) -> Moments:
     accumulate = accumulate_dtype(x.dtype)
     count = count_per_channel(x)
     var, mean = torch.var_mean(x.to(accumulate), _reduced(x), correction=0)
-    count_tensor = torch.full((), float(count), dtype=torch.float64, device=x.device)
-    return Moments(count_tensor, mean.double(), var.double() * count)
+    return Moments(float(count), mean.double(), var.double() * count)
 
 
 def batch_normalize(x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
