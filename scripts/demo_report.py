@@ -85,10 +85,15 @@ def write_figure(path: Path, results: dict[str, list[Run]], title: str) -> None:
         for run in runs:
             left.plot(epochs, run["errors"], color=COLOURS[variant], alpha=0.3, linewidth=1)
         left.plot(epochs, mean, color=COLOURS[variant], marker=MARKERS[variant], linewidth=2, label=variant)
-    left.set(xlabel="epoch", ylabel="test error (%)", yscale="log", ylim=(1, 100), xticks=list(epochs))
-    left.set_yticks([1, 2, 5, 10, 20, 50, 100], labels=["1", "2", "5", "10", "20", "50", "100"])
+    lowest = min(min(run["errors"]) for runs in results.values() for run in runs)
+    left.set(xlabel="epoch", ylabel="test error (%)", yscale="log", ylim=(1 if lowest >= 1 else 0.1, 100))
+    left.set_xticks([epoch for epoch in epochs if len(epochs) <= 12 or epoch % 5 == 0])
+    ticks = [0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100]
+    left.set_yticks([tick for tick in ticks if tick >= left.get_ylim()[0]])
+    left.yaxis.set_major_formatter("{x:g}")
     left.minorticks_off()
-    left.set_title("each seed (thin) and the mean over seeds", fontsize=10)
+    if len(runs) > 1:
+        left.set_title(f"{len(runs)} seeds (thin) and their mean", fontsize=10)
     left.grid(axis="y", alpha=0.3)
     left.legend(frameon=False)
 
