@@ -1,0 +1,58 @@
+"""The command line: ``python -m syncnorm fit`` and its kin are Lightning's CLI, with handwritten digits as the default.
+
+Lightning is imported only by a command that needs it, so ``--help`` and ``--version`` answer at once.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from syncnorm._version import __version__
+
+__all__ = ["main"]
+
+_COMMANDS = {
+    "fit": "train a model, with SyncNorm among its callbacks",
+    "validate": "evaluate on the validation data",
+    "test": "evaluate on the test data",
+    "predict": "run a model over the prediction data",
+}
+_EPILOG = """\
+All four are Lightning's CLI (https://lightning.ai/docs/pytorch/stable/cli/lightning_cli.html). --model and --data
+take any LightningModule and LightningDataModule by class path; without them it is scikit-learn's handwritten digits
+and an MLP.
+
+  python -m syncnorm fit -c configs/demo.yaml -c configs/trainer/ddp_cpu.yaml -c configs/norm/sync.yaml
+  python -m syncnorm fit --model my.Model --data my.Data --trainer.callbacks+=SyncNorm --trainer.devices 2
+  python -m syncnorm fit --trainer.callbacks.help=SyncNorm
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command.
+
+    Args:
+        argv: Arguments without the program's name; ``sys.argv`` by default. With more than one process leave it None:
+            the other processes are started with ``sys.argv``.
+
+    Returns:
+        The exit status. Wrong usage ends in ``SystemExit(2)``.
+    """
+    arguments = sys.argv[1:] if argv is None else list(argv)
+    if arguments and arguments[0] in _COMMANDS:
+        from syncnorm.lightning._cli import run
+
+        run(None if argv is None else arguments)
+        return 0
+    parser = argparse.ArgumentParser(
+        prog="syncnorm",
+        description="Normalisation layers that mean the same thing on one device and on many.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"syncnorm {__version__}")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    for name, what in _COMMANDS.items():
+        commands.add_parser(name, help=what)
+    parser.parse_args(arguments)  # answers --help and --version; all else that comes here is wrong, and it says so
+    return 2

@@ -1,0 +1,7 @@
+"""Doors for Lightning: a callback, a plugin, and data and a model to try them on. Importing this imports Lightning."""
+
+from syncnorm.lightning._sync_norm import SyncNorm
+from syncnorm.lightning._sync_norm_plugin import SyncNormPlugin
+from syncnorm.lightning.digits import DigitsDataModule, DigitsMLP
+
+__all__ = ["DigitsDataModule", "DigitsMLP", "SyncNorm", "SyncNormPlugin"]

@@ -1,0 +1,176 @@
+"""The callback: a model's batch norms are synchronised while it is fitted, and are themselves again afterwards.
+
+It converts in ``setup``, before the strategy wraps the model, and again in ``on_fit_start``, for layers that
+``configure_model`` made. After an exception Lightning calls ``on_exception`` and not ``teardown``; both give back.
+"""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Literal
+
+from syncnorm.conversion import To
+from syncnorm.errors import SyncNormError
+from syncnorm.lightning._flavours import Callback, rank_zero_info, rank_zero_warn
+from syncnorm.lightning._refusals import refuse_copied, refuse_late, refuse_rivals, refuse_workers
+from syncnorm.lightning._surgery import Surgery
+
+if TYPE_CHECKING:
+    from lightning.pytorch import LightningModule, Trainer
+
+__all__ = ["SyncNorm"]
+
+_VERSION = 1
+
+
+class SyncNorm(Callback):
+    """Convert a model's batch norms for the time of ``Trainer.fit``.
+
+    Works with every strategy: DDP (popen, spawn, fork, torchrun), FSDP, ModelParallel (FSDP2), a single device; also
+    where ``configure_model`` makes the layers. The optimizer, EMA copies and checkpoints see the same parameters and
+    keys as without it. With ``to="sync_batch_norm"`` the original classes are back after ``fit``, also after an
+    exception; ``validate``, ``test`` and ``predict`` need no conversion.
+
+    The other targets are another architecture with other keys, and stay. They are made before ``fit`` and before
+    ``validate``, ``test`` and ``predict`` too, so that a checkpoint of such a run can be evaluated. Under
+    ``ddp_spawn`` and ``ddp_fork`` they would be lost on the way back from the worker processes and are refused.
+
+    Callbacks on different layers (``include``, ``exclude``) may stand side by side. A checkpoint tells under
+    ``"syncnorm"`` what its run was converted to.
+
+    Args:
+        to: What batch norms become: ``"sync_batch_norm"``, ``"group_norm"``, ``"layer_norm"`` or ``"instance_norm"``.
+        include: Globs on qualified names (``"backbone.*"``); only these are converted. Empty for all.
+        exclude: Globs on qualified names; these are left. Stronger than ``include``.
+        process_group: Ranks that share statistics: ``"world"``, ``"node"`` (those of one machine) or a number of ranks.
+            None for the world, and for a layer that has a group of its own, that one.
+        revert: Give the original classes back when the fit ends. Concerns ``"sync_batch_norm"`` only.
+        strict: Make a batch norm that cannot be converted an error instead of a warning.
+        backend: Kernel backend by name, or ``"auto"``. Concerns ``"sync_batch_norm"`` only.
+        accumulate: Micro-batches per update of the running statistics, to go with ``accumulate_grad_batches``.
+            Concerns ``"sync_batch_norm"`` only.
+        num_groups: Groups of channels; 32 by default. Concerns ``"group_norm"`` only.
+
+    Raises:
+        ValueError: For an unknown ``to`` or a value out of range.
+        TypeError: For an option that ``to`` does not take.
+
+    Example:
+        >>> trainer = Trainer(accelerator="cpu", devices=2, strategy="ddp", callbacks=[SyncNorm()])  # doctest: +SKIP
+    """
+
+    def __init__(
+        self,
+        to: To = "sync_batch_norm",
+        include: Sequence[str] = (),
+        exclude: Sequence[str] = (),
+        process_group: Literal["world", "node"] | int | None = None,
+        revert: bool = True,
+        strict: bool = False,
+        backend: str = "auto",
+        accumulate: int = 1,
+        num_groups: int | None = None,
+    ) -> None:
+        super().__init__()
+        self.revert = revert
+        self._surgery = Surgery(
+            to,
+            include,
+            exclude,
+            strict,
+            process_group=process_group,
+            backend=None if backend == "auto" else backend,
+            accumulate=None if accumulate == 1 else accumulate,
+            num_groups=num_groups,
+        )
+        self._warned = False
+
+    @property
+    def state_key(self) -> str:
+        """Apart for callbacks on different layers, the same for a run and its resumption."""
+        patterns = {"include": self._surgery.include, "exclude": self._surgery.exclude}
+        return self._generate_state_key(**patterns) if any(patterns.values()) else type(self).__qualname__
+
+    def setup(self, trainer: "Trainer", pl_module: "LightningModule", stage: str) -> None:
+        if self._surgery.keeps_keys and stage != "fit":
+            return
+        self._refuse_rivals(trainer, pl_module)
+        if stage == "fit":
+            refuse_workers(self._surgery, trainer, pl_module)
+        refuse_copied(self._surgery, trainer, pl_module)
+        self._surgery.run(pl_module, last=False)
+        if stage != "fit" and self._surgery.touched:
+            rank_zero_info(f"SyncNorm: {self._surgery.summary()}")
+
+    def on_fit_start(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
+        self._refuse_rivals(trainer, pl_module)
+        refuse_late(self._surgery, pl_module)
+        refuse_copied(self._surgery, trainer, pl_module)
+        self._surgery.run(pl_module, last=True)
+        if self._surgery.found_nothing():
+            self._warn_once(
+                "found no batch norm to convert and has no effect; syncnorm.inspect(model) shows what is there."
+            )
+            return
+        rank_zero_info(f"SyncNorm: {self._surgery.summary()}")
+        size, world = self._surgery.group_sizes()
+        if size == 1 < world:
+            self._warn_once(
+                f"has no effect: process_group={self._surgery.options['process_group']!r} gives each of the {world} ranks "
+                "a group of its own. Use process_group='world'."
+            )
+
+    def teardown(self, trainer: "Trainer", pl_module: "LightningModule", stage: str) -> None:
+        self._give_back()
+
+    def on_exception(self, trainer: "Trainer", pl_module: "LightningModule", exception: BaseException) -> None:
+        self._give_back()
+
+    def state_dict(self) -> dict[str, Any]:
+        """The arguments that decide what the weights mean, as plain data: ``{"version": 1, "spec": {...}}``."""
+        return {"version": _VERSION, "spec": self._spec()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Check that a checkpoint fits: its weights would load into another norm without a word.
+
+        Raises:
+            SyncNormError: If it is of a run with another architecture, or of a later syncnorm.
+        """
+        if state_dict["version"] > _VERSION:
+            raise SyncNormError(
+                f"SyncNorm: the checkpoint has version {state_dict['version']} of its state, and this syncnorm knows "
+                f"versions up to {_VERSION}. Install the syncnorm that wrote it, or a newer one."
+            )
+        theirs, ours = (_architecture(spec) for spec in (state_dict["spec"], self._spec()))
+        if theirs != ours:
+            raise SyncNormError(
+                f"SyncNorm: the checkpoint is of a run with {theirs}, and this run has {ours}: its weights belong to "
+                "another architecture. Use the same arguments, or start a new run from the weights alone (torch.load, "
+                "model.load_state_dict) instead of ckpt_path."
+            )
+
+    def on_save_checkpoint(self, trainer: "Trainer", pl_module: "LightningModule", checkpoint: dict[str, Any]) -> None:
+        entry = checkpoint.setdefault("syncnorm", {"version": _VERSION, "specs": []})
+        entry["specs"].append(self._spec())
+
+    def _spec(self) -> dict[str, Any]:
+        surgery = self._surgery
+        return {"to": surgery.to, "include": surgery.include, "exclude": surgery.exclude, **surgery.options}
+
+    def _refuse_rivals(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
+        others = [callback for callback in getattr(trainer, "callbacks", []) if isinstance(callback, SyncNorm)]
+        refuse_rivals(self._surgery, trainer, pl_module, [other._surgery for other in others if other is not self])
+
+    def _give_back(self) -> None:
+        if self.revert:
+            self._surgery.undo()
+        self._surgery.forget()
+
+    def _warn_once(self, text: str) -> None:
+        if not self._warned:
+            self._warned = True
+            rank_zero_warn(f"SyncNorm {text}")
+
+
+def _architecture(spec: dict[str, Any]) -> str:
+    if spec["to"] == "group_norm":
+        return f"to='group_norm' and num_groups={spec.get('num_groups', 32)}"
+    return f"to={spec['to']!r}"
