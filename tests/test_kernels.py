@@ -107,13 +107,14 @@ def test_variance_at_mean_1e4_std_is_no_worse_than_torchs(name: str, shape: tupl
 
 
 def test_any_sample_will_do_as_pivot() -> None:
-    # The sampled sixteenth lies 1e6 away from everything else: the worst case of the bound, a loss of 4 bits.
+    # The sampled sixteenth lies 1e6 away from everything else: the worst case of the bound, a loss of 4 bits, and all the
+    # deviations are alike, so that the roundings of a sum of 1600 add up instead of cancelling.
     for shape, part in (((4, 3, 1600), (..., slice(0, 100))), ((1600, 3), (slice(None, None, 16),))):
         x = torch.randn(*shape, generator=torch.Generator().manual_seed(0))
         x[part] += 1e6
         exact = x.double().var((0, 2) if x.dim() == 3 else 0, correction=0)
         ours = BACKENDS["aten"].batch_moments(flatten(x)).var
-        torch.testing.assert_close(ours, exact, rtol=16 * HELD, atol=0)
+        torch.testing.assert_close(ours, exact, rtol=16 * 1600 * 2**-25, atol=0)
 
 
 @pytest.mark.parametrize("name", list(BACKENDS))

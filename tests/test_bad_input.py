@@ -1,0 +1,121 @@
+"""Tier: gloo ranks. What cannot be normalised is one clear error on every rank, with nothing half done and nobody waiting."""
+
+import time
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+
+import syncnorm
+from syncnorm.testing import run_ranks
+
+CASES: dict[str, tuple[Any, str]] = {
+    "channels": (torch.randn(4, 5, 2, 2), r"SyncBatchNorm2d\(3\): expected 3 channels in dim 1, got an input \[4, 5, 2, 2\]\.$"),
+    "channels last": (torch.randn(4, 2, 2, 3), r"The channels seem to be last: use x\.movedim\(-1, 1\)"),
+    "rank of input": (torch.randn(4, 3), r"expected an input \[N, C, \*\] of 4 dims, got \[4, 3\]"),
+    "integers": (torch.ones(4, 3, 2, 2, dtype=torch.int64), r"expected a floating-point input, got torch\.int64.*input\.float\(\)"),
+}
+
+
+def test_constructor_refuses_what_cannot_work() -> None:
+    with pytest.raises(ValueError, match=r"eps must be positive, got -1e-05"):
+        syncnorm.SyncBatchNorm2d(3, eps=-1e-5)
+    with pytest.raises(ValueError, match=r"backend must be one of \['auto', 'aten', 'reference'\], got 'cuda'"):
+        syncnorm.SyncBatchNorm2d(3, backend="cuda")
+    with pytest.raises(ValueError, match=r"accumulate is a number of micro-batches, at least 1; got 0"):
+        syncnorm.SyncBatchNorm2d(3, accumulate=0)
+    with pytest.raises(ValueError, match=r"the number of ranks per group, at least 1; got 0"):
+        syncnorm.SyncBatchNorm2d(3, process_group=0)
+    with pytest.raises(ValueError, match=r'must be "world" or "node", got \'all\''):
+        syncnorm.SyncBatchNorm2d(3, process_group="all")
+    with pytest.raises(TypeError, match=r"a ProcessGroup or a DeviceMesh, got dict"):
+        syncnorm.SyncBatchNorm2d(3, process_group={})
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("case", CASES)
+def test_one_process_refuses_and_changes_nothing(case: str, training: bool) -> None:
+    layer = syncnorm.SyncBatchNorm2d(3).train(training)
+    before = {name: value.clone() for name, value in layer.state_dict().items()}
+    x, message = CASES[case]
+    with pytest.raises((ValueError, TypeError), match=message):
+        layer(x)
+    assert all(torch.equal(value, before[name]) for name, value in layer.state_dict().items())
+
+
+def test_eps_zero_is_refused_when_training_as_in_torch() -> None:
+    layer = syncnorm.SyncBatchNorm2d(3, eps=0.0)
+    with pytest.raises(ValueError, match=r"eps must be positive when training, got 0\.0"):
+        layer(torch.randn(4, 3, 2, 2))
+    theirs = nn.BatchNorm2d(3, eps=0.0).eval()
+    x = torch.randn(4, 3, 2, 2)
+    assert torch.equal(layer.eval()(x), theirs(x))
+
+
+def test_one_value_in_one_process() -> None:
+    layer = syncnorm.SyncBatchNorm1d(3)
+    with pytest.raises(ValueError, match=r"SyncBatchNorm1d\(3\): expected more than 1 value per channel when training, got an input \[1, 3\]"):
+        layer(torch.randn(1, 3))
+    assert layer.num_batches_tracked == 0 and layer.running_mean.tolist() == [0, 0, 0]
+
+
+def _refusals(case: str, who: str) -> tuple[str, str, float, list[str]]:
+    layer = syncnorm.SyncBatchNorm2d(3)
+    layer(torch.randn(2, 3, 2, 2))  # the group works
+    before = {name: value.clone() for name, value in layer.state_dict().items()}
+    bad = who == "all" or dist.get_rank() == 1
+    start = time.monotonic()
+    try:
+        layer(CASES[case][0] if bad else torch.randn(2, 3, 2, 2))
+        outcome = ("none", "")
+    except Exception as error:
+        outcome = (type(error).__name__, str(error))
+    seconds = time.monotonic() - start
+    changed = [name for name, value in layer.state_dict().items() if not torch.equal(value, before[name])]
+    layer(torch.randn(2, 3, 2, 2))  # and still works
+    return *outcome, seconds, changed
+
+
+@pytest.mark.gloo
+@pytest.mark.parametrize("who", ["all", "one"])
+@pytest.mark.parametrize("case", CASES)
+def test_no_rank_is_left_waiting(case: str, who: str) -> None:
+    per_rank = run_ranks(_refusals, 2, case, who)
+    for rank, (kind, message, seconds, changed) in enumerate(per_rank):
+        assert seconds < 5 and not changed
+        if who == "all" or rank == 1:
+            assert kind in ("ValueError", "TypeError")
+        else:
+            assert kind == "SyncNormMismatch" and "1 of 2 ranks refused their input to this call" in message
+
+
+def _one_value() -> tuple[str, list[str]]:
+    layer = syncnorm.SyncBatchNorm1d(3)
+    before = {name: value.clone() for name, value in layer.state_dict().items()}
+    try:
+        layer(torch.randn(1 if dist.get_rank() == 1 else 0, 3))
+        message = "none"
+    except ValueError as error:
+        message = str(error)
+    return message, [name for name, value in layer.state_dict().items() if not torch.equal(value, before[name])]
+
+
+@pytest.mark.gloo
+def test_one_value_in_the_whole_group_is_the_same_error_on_every_rank() -> None:
+    for rank, (message, changed) in enumerate(run_ranks(_one_value, 3)):
+        assert "expected more than 1 value per channel in the whole group when training, got 1" in message
+        assert f"this rank's input is [{int(rank == 1)}, 3]" in message and "to='group_norm'" in message
+        assert not changed
+
+
+def _two_values() -> list[list[float]]:
+    layer = syncnorm.SyncBatchNorm1d(1)
+    return layer(torch.full((1, 1), float(dist.get_rank()))).tolist()
+
+
+@pytest.mark.gloo
+def test_one_value_per_rank_is_enough() -> None:
+    low, high = (values[0][0] for values in run_ranks(_two_values, 2))
+    assert low == pytest.approx(-1, abs=1e-4) and high == pytest.approx(1, abs=1e-4)

@@ -1,0 +1,97 @@
+"""Tier: gloo ranks. The numeric tests can fail: each load-bearing term is taken away once, and they notice."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import syncnorm
+from syncnorm.core.moments import Moments, from_sums, to_sums
+from syncnorm.distributed import exchange
+from syncnorm.distributed.groups import Group
+from syncnorm.functional import _batch_normalize
+from syncnorm.testing import run_ranks
+from tests.oracles import step_errors
+
+pytestmark = pytest.mark.gloo
+
+
+def _no_count_weighting() -> None:
+    # Every rank counts the same, as in implementations that average the ranks' statistics.
+    def equal(moments: Moments) -> Tensor:
+        return to_sums(Moments(1.0, moments.mean, moments.m2 / max(float(moments.count), 1.0)))
+
+    exchange.to_sums = equal
+
+
+def _no_between_rank_term() -> None:
+    # M2 of the union without n·(mean - mean)²: the spread between ranks is forgotten.
+    def within(moments: Moments) -> Tensor:
+        total = moments.mean * moments.count
+        return torch.cat([torch.tensor([moments.count], dtype=torch.float64), total, moments.m2])
+
+    def parts(row: Tensor, count: float | None = None) -> Moments:
+        zeros = from_sums(row, count)
+        return zeros._replace(m2=row[1:].view(2, -1)[1])
+
+    exchange.to_sums, exchange.from_sums = within, parts
+
+
+def _no_backward_exchange() -> None:
+    def local(sums: Tensor, group: Group) -> Tensor:
+        return sums
+
+    _batch_normalize.exchange_sums = local
+
+
+def _no_forward_exchange() -> None:
+    real = _batch_normalize.exchange_moments
+
+    def local(moments: Moments, group: Group, **flags: Any) -> Moments:
+        return real(moments, replace(group, size=1), **flags)
+
+    _batch_normalize.exchange_moments = local
+
+
+def _no_exchange() -> None:
+    _no_forward_exchange()
+    _no_backward_exchange()
+
+
+def _biased_running_var() -> None:
+    Moments.unbiased_var = Moments.var  # type: ignore[method-assign]
+
+
+def _local_count_in_backward() -> None:
+    real = _batch_normalize.exchange_sums
+
+    def too_large(sums: Tensor, group: Group) -> Tensor:
+        return real(sums, group) * group.size  # as if divided by this rank's share of the count
+
+    _batch_normalize.exchange_sums = too_large
+
+
+MUTANTS = [
+    _no_count_weighting, _no_between_rank_term, _no_backward_exchange, _no_forward_exchange, _no_exchange, _biased_running_var,
+    _local_count_in_backward,
+]  # fmt: skip
+
+
+def _step(mutate: Callable[[], None] | None) -> dict[str, float]:
+    if mutate is not None:
+        mutate()
+    layer, oracle = syncnorm.SyncBatchNorm2d(3, dtype=torch.float64), nn.BatchNorm2d(3, dtype=torch.float64)
+    return step_errors(layer, oracle, (7, 3, 2, 3), [5, 2])
+
+
+def test_the_layer_itself_passes() -> None:
+    assert max(max(per_rank.values()) for per_rank in run_ranks(_step, 2, None)) <= 1e-12
+
+
+@pytest.mark.parametrize("mutate", MUTANTS, ids=lambda mutate: mutate.__name__.strip("_"))
+def test_mutants_die(mutate: Callable[[], None]) -> None:
+    for per_rank in run_ranks(_step, 2, mutate):
+        assert max(per_rank.values()) > 1e-3, per_rank
