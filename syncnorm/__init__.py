@@ -8,11 +8,13 @@ from typing import TYPE_CHECKING, Any
 
 from syncnorm._version import __version__
 from syncnorm.conversion import convert, disabled, no_stats_update, plan, register_adapter, revert
+from syncnorm.diagnostics import explain, inspect
 from syncnorm.distributed import loss_weight
 from syncnorm.errors import SyncNormError, SyncNormMismatch
 from syncnorm.modules import SyncBatchNorm, SyncBatchNorm1d, SyncBatchNorm2d, SyncBatchNorm3d
 
 if TYPE_CHECKING:
+    from syncnorm.diagnostics import verify as verify
     from syncnorm.lightning import SyncNorm as SyncNorm
     from syncnorm.lightning import SyncNormPlugin as SyncNormPlugin
 
@@ -28,14 +30,21 @@ __all__ = [
     "__version__",
     "convert",
     "disabled",
+    "explain",
+    "inspect",
     "loss_weight",
     "no_stats_update",
     "plan",
     "register_adapter",
     "revert",
+    "verify",
 ]
 
-_LAZY = {"SyncNorm": "syncnorm.lightning", "SyncNormPlugin": "syncnorm.lightning"}
+_LAZY = {
+    "SyncNorm": "syncnorm.lightning",
+    "SyncNormPlugin": "syncnorm.lightning",
+    "verify": "syncnorm.diagnostics",  # starts processes, which brings multiprocessing
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -30,9 +30,9 @@ def register_adapter(source: type[nn.Module] | str, target: _Target) -> None:
     Args:
         source: The exact class, or its dotted name (``"package.module.Class"``, as ``cls.__module__`` has it), which is
             looked up only when a model contains it; nothing is imported.
-        target: A subclass of both :class:`syncnorm.modules.SyncStatistics` (first) and ``source``, whose ``forward`` does
-            what that of ``source`` does. For a dotted name also a function that is given the source class and returns
-            such a subclass.
+        target: A subclass of both :class:`syncnorm.modules.SyncStatistics` (first) and ``source``, whose ``forward``
+            does what that of ``source`` does. For a dotted name also a function that is given the source class and
+            returns such a subclass.
 
     Raises:
         TypeError: If ``target`` cannot take the place of ``source``. For a dotted name this is seen at conversion.
@@ -54,8 +54,8 @@ def register_adapter(source: type[nn.Module] | str, target: _Target) -> None:
         _register(source, target)
     else:
         raise TypeError(
-            "register_adapter takes a class and the class that takes its place, or a dotted name and a class or function; "
-            f"got {source!r} and {target!r}."
+            "register_adapter takes a class and the class that takes its place, or a dotted name and a class or "
+            f"function; got {source!r} and {target!r}."
         )
 
 

@@ -8,11 +8,13 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
 
-from syncnorm.modules import TARGETS, SyncStatistics
+from syncnorm.modules import BatchNorm, SyncStatistics
 
 __all__ = ["disabled", "no_stats_update"]
 
 _STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
+# In training these do without running statistics where track_running_stats is off.
+_KNOWN = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm, BatchNorm)
 
 
 @contextmanager
@@ -46,8 +48,8 @@ def disabled(model: nn.Module) -> Iterator[nn.Module]:
 def no_stats_update(model: nn.Module) -> Iterator[nn.Module]:
     """Within, training forwards normalise as always and leave running statistics and counters as they are.
 
-    For the second pass of SAM, extra forwards of a GAN, and the like. Covers every batch norm, ours, torch's and others', and
-    instance norms that track statistics; micro-batches gathered by ``accumulate`` too. May be nested.
+    For the second pass of SAM, extra forwards of a GAN, and the like. Covers every batch norm, ours, torch's and
+    others', and instance norms that track statistics; micro-batches gathered by ``accumulate`` too. May be nested.
 
     Args:
         model: Whatever holds the layers.
@@ -57,17 +59,13 @@ def no_stats_update(model: nn.Module) -> Iterator[nn.Module]:
     """
     with ExitStack() as stack:
         for module in model.modules():
-            if isinstance(module, SyncStatistics) or type(module) in TARGETS:
-                stack.callback(_restore_flag, module, module.track_running_stats)
-                module.track_running_stats = False
+            if isinstance(module, SyncStatistics) or type(module) in _KNOWN:
+                stack.callback(setattr, module, "track_running_stats", module.track_running_stats)
+                setattr(module, "track_running_stats", False)  # noqa: B010 - a Tensor or Module, say the stubs
             elif isinstance(module, _BatchNorm | _InstanceNorm):
                 for handle in _lend_copies(module):
                     stack.callback(handle.remove)
         yield model
-
-
-def _restore_flag(module: nn.Module, flag: Any) -> None:
-    module.track_running_stats = flag
 
 
 def _lend_copies(module: nn.Module) -> list[Any]:
@@ -75,7 +73,7 @@ def _lend_copies(module: nn.Module) -> list[Any]:
     originals: list[dict[str, Any]] = []
 
     def lend(module: nn.Module, _: Any) -> None:
-        kept = {name: module._buffers[name] for name in _STATISTICS if module._buffers.get(name) is not None}
+        kept = {name: buffer for name in _STATISTICS if (buffer := module._buffers.get(name)) is not None}
         originals.append(kept)
         if module.training:
             module._buffers.update({name: buffer.clone() for name, buffer in kept.items()})

@@ -1,4 +1,4 @@
-"""A model's batch norms become synchronised, or another kind of norm, in place; everything is checked before anything moves."""
+"""A model's batch norms become synchronised, or another kind of norm, in place, after everything has been checked."""
 
 import warnings
 from typing import Any, cast
@@ -27,32 +27,35 @@ def convert(
 ) -> nn.Module:
     """Convert the batch norms of a model, in place; :func:`syncnorm.revert` undoes it exactly.
 
-    To ``"sync_batch_norm"`` a layer stays the same object and changes its class: parameters, buffers, hooks, names, training
-    flags and every reference to it stay. It works before and after DDP, under FSDP and with ``torch.compile``, any number of
-    times. To another kind of norm, a new module takes the place of the old one under every name it has; weight and bias are
-    the same ``Parameter`` objects, hooks stay, and a batch norm's checkpoint still loads.
+    To ``"sync_batch_norm"`` a layer stays the same object and changes its class: parameters, buffers, hooks, names,
+    training flags and every reference to it stay. It works before and after DDP, under FSDP and with
+    ``torch.compile``, any number of times. To another kind of norm, a new module takes the place of the old one under
+    every name it has; weight and bias are the same ``Parameter`` objects, hooks stay, and a batch norm's checkpoint
+    still loads.
 
     Only layers of exactly a known class are touched: ``nn.BatchNorm1d/2d/3d``, ``nn.SyncBatchNorm``, ours, what
-    ``Trainer(sync_batchnorm=True)`` leaves, and what :func:`syncnorm.register_adapter` was told. One warning names the batch
-    norms that were left. Group, layer and instance norms are nobody's batch norm and stay.
+    ``Trainer(sync_batchnorm=True)`` leaves, and what :func:`syncnorm.register_adapter` was told. One warning names
+    the batch norms that were left. Group, layer and instance norms are nobody's batch norm and stay.
 
     Args:
         model: Any module; also one that is itself a batch norm.
-        to: ``"sync_batch_norm"``; ``"group_norm"``; ``"layer_norm"`` (over channels and space, as a group norm of one group:
-            right for any rank of input); ``"instance_norm"`` (without running statistics).
-        include: Convert only these: a glob on the qualified name (``*`` matches dots too; the ``module.`` of DDP and the like
-            may be left out), a module type, a callable ``(name, module) -> bool``, or a sequence of them. None means all.
+        to: ``"sync_batch_norm"``; ``"group_norm"``; ``"layer_norm"`` (over channels and space, as a group norm of one
+            group: right for any rank of input); ``"instance_norm"`` (without running statistics).
+        include: Convert only these: a glob on the qualified name (``*`` matches dots too; the ``module.`` of DDP and
+            the like may be left out), a module type, a callable ``(name, module) -> bool``, or a sequence of them.
+            None means all.
         exclude: Leave these; as ``include``, and stronger.
-        process_group: Which ranks share statistics, as in :class:`syncnorm.SyncBatchNorm`. None means all ranks, and for a
-            layer that has a group, that one. Only for ``"sync_batch_norm"``.
+        process_group: Which ranks share statistics, as in :class:`syncnorm.SyncBatchNorm`. None means all ranks, and
+            for a layer that has a group, that one. Only for ``"sync_batch_norm"``.
         strict: Raise, and change nothing, where a layer would be left with a warning.
         **options: For ``"sync_batch_norm"``: ``backend="auto"`` and ``accumulate=1``, as in
-            :class:`syncnorm.SyncBatchNorm`. For ``"group_norm"``: ``num_groups=32``; where it does not divide the channels,
-            the greatest common divisor is taken and said. For all but ``"sync_batch_norm"``: ``affine=None`` (a weight and
-            bias where the layer has them; True adds, False drops them).
+            :class:`syncnorm.SyncBatchNorm`. For ``"group_norm"``: ``num_groups=32``; where it does not divide the
+            channels, the greatest common divisor is taken and said. For all but ``"sync_batch_norm"``:
+            ``affine=None`` (a weight and bias where the layer has them; True adds, False drops them).
 
     Returns:
-        ``model``. Only where the model is itself a batch norm and not converted to ``"sync_batch_norm"``, the new module.
+        ``model``. Only where the model is itself a batch norm and not converted to ``"sync_batch_norm"``, the new
+        module.
 
     Raises:
         ValueError: For an unknown target, a value out of range, or a pattern that matches nothing.
@@ -90,7 +93,7 @@ def _swap(module: nn.Module, options: dict[str, Any]) -> None:
 def _warn(made: Plan) -> None:
     texts = []
     if not made.entries:
-        texts.append("the model has no batch norm, nothing was converted")
+        texts.append("the model has no batch norm; nothing was converted.")
     skipped = [entry for entry in made.entries if entry.action == "skip"]
     if skipped:
         texts.append(f"left {len(skipped)} as they were:\n{skipped_text(skipped)}")
@@ -99,7 +102,8 @@ def _warn(made: Plan) -> None:
         asked = made.options.get("num_groups", 32)
         became = shorten([f"{display(entry.name)} → {entry.target}" for entry in coarser])
         texts.append(
-            f"num_groups={asked} does not divide the channels of every layer, the greatest common divisor does: {became}"
+            f"num_groups={asked} does not divide the channels of every layer; the greatest common divisor does: "
+            f"{became}."
         )
     for text in texts:
         warnings.warn(f"syncnorm.convert(to={made.to!r}): {text}", UserWarning, stacklevel=3)

@@ -1,7 +1,7 @@
 """What there is in a model: every layer that keeps batch statistics, with all names and all parents that it has.
 
-``named_children`` and ``named_modules`` show a shared module once. Here every alias counts, since a replacement has to take
-the place in each of them.
+``named_children`` and ``named_modules`` show a shared module once. Here every alias counts, since a replacement has
+to take the place in each of them.
 """
 
 from collections.abc import Iterator
@@ -13,9 +13,8 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm, _LazyNormBase
 from torch.nn.modules.instancenorm import _InstanceNorm
 
-from syncnorm.modules import is_synced
-
 __all__ = [
+    "SHARDED",
     "Layer",
     "Origin",
     "class_names",
@@ -27,6 +26,8 @@ __all__ = [
     "walk",
 ]
 
+# What FSDP, the first and the second, leaves in the class of a module that it shards.
+SHARDED = {"FullyShardedDataParallel", "FSDPModule"}
 _ORIGIN = "_syncnorm_origin"
 # What wrappers put into a qualified name. Patterns see names with and without.
 _WRAPPED = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
@@ -40,10 +41,12 @@ class Origin:
     Attributes:
         module: The original object.
         to: What it was converted to.
+        dtype: Of its weight then.
     """
 
     module: nn.Module
     to: str
+    dtype: torch.dtype | None = None
 
 
 class Place(NamedTuple):
@@ -121,8 +124,8 @@ def _walk(place: Place, path: tuple[int, ...]) -> Iterator[Place]:
 def keeps_batch_statistics(module: nn.Module) -> bool:
     """Whether ``module`` normalises by statistics of the batch: torch's batch norms, theirs and ours, and look-alikes.
 
-    A look-alike keeps ``running_mean`` and ``running_var`` of its own without being torch's; frozen ones do not move and
-    are left out.
+    A look-alike keeps ``running_mean`` and ``running_var`` of its own without being torch's; frozen ones do not move
+    and are left out.
     """
     if isinstance(module, _BatchNorm | _LazyNormBase):
         return not class_names(module) & {"LazyInstanceNorm1d", "LazyInstanceNorm2d", "LazyInstanceNorm3d"}

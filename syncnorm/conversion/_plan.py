@@ -1,4 +1,4 @@
-"""What a conversion would do, layer by layer with the reason, before anything is done. The conversion itself follows it."""
+"""What a conversion would do, layer by layer with the reason, before anything is done; the conversion follows it."""
 
 from collections import Counter
 from dataclasses import dataclass, field
@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from syncnorm.conversion._layers import Layer, class_names, display, find_layers, walk
+from syncnorm.conversion._layers import SHARDED, Layer, class_names, display, find_layers, walk
 from syncnorm.conversion._select import Patterns, select
 from syncnorm.conversion._table import table
 from syncnorm.conversion._targets import check_options
@@ -118,7 +118,8 @@ def plan(
         >>> print(syncnorm.plan(torch.nn.Sequential(torch.nn.BatchNorm1d(6)), to="group_norm"))
         to group_norm: 1 replace
         layer  class        action   becomes          reason
-        0      BatchNorm1d  replace  GroupNorm(2, 6)  32 does not divide 6, 2 = gcd(32, 6) does; weight and bias carried over
+        0      BatchNorm1d  replace  GroupNorm(2, 6)  32 does not divide 6, 2 = gcd(32, 6) does; weight and bias
+        carried over
     """
     given = {**options} if process_group is None else {"process_group": process_group, **options}
     if not isinstance(model, nn.Module):
@@ -142,7 +143,8 @@ def plan(
     skipped = [entry for entry in entries if entry.action == "skip"]
     if strict and skipped:
         raise SyncNormError(
-            f"strict=True, and {len(skipped)} layers cannot be converted to {to!r}; nothing was changed:\n{skipped_text(skipped)}"
+            f"strict=True, and {len(skipped)} layers cannot be converted to {to!r}; nothing was changed:\n"
+            + skipped_text(skipped)
         )
     return made
 
@@ -162,23 +164,25 @@ def shorten(names: list[str]) -> str:
     return ", ".join(names if len(names) <= 6 else [*names[:5], f"… {len(names) - 5} more"])
 
 
+def _named(entries: list[Entry]) -> str:
+    return shorten([display(entry.name) for entry in entries])
+
+
 def _refuse_wrapped(model: nn.Module, made: Plan) -> None:
     """A wrapper that has taken note of the parameters cannot have them change under it."""
     replaced = [entry for entry in made.entries if entry.action == "replace"]
     if not replaced:
         return
     around = set().union(*(class_names(place.module) for place in walk(model)))
-    sharded = around & {"FullyShardedDataParallel", "FSDPModule"}
-    if sharded:
+    if around & SHARDED:
         raise SyncNormError(
-            f"to={made.to!r} puts other modules in place of {shorten([e.name for e in replaced])}, and {sharded.pop()} has "
-            "sharded the model as it is. Convert before sharding; nothing was changed."
+            f"to={made.to!r} puts other modules in place of {_named(replaced)}, and FSDP has sharded the model as it "
+            "is. Convert before sharding; nothing was changed."
         )
     changing = [e for e in replaced if e.changes_parameters]
     if changing and "DistributedDataParallel" in around:
         what = "add parameters to" if made.options["affine"] else "take parameters from"
         raise SyncNormError(
-            f"affine={made.options['affine']} would {what} {shorten([e.name for e in changing])}, and "
-            "DistributedDataParallel has taken note of the parameters there are. Convert before wrapping the model; nothing "
-            "was changed."
+            f"affine={made.options['affine']} would {what} {_named(changing)}, and DistributedDataParallel has taken "
+            "note of the parameters there are. Convert before wrapping the model; nothing was changed."
         )

@@ -1,7 +1,7 @@
 """Another module takes the place of a batch norm, in every parent that holds it, and can give the place back.
 
-Parameters are the same objects, so optimizers, DDP and EMA copies keep them. Hook dictionaries are the same objects too, so
-a handle removes its hook wherever the hook has gone.
+Parameters are the same objects, so optimizers, DDP and EMA copies keep them. Hook dictionaries are the same objects
+too, so a handle removes its hook wherever the hook has gone.
 """
 
 import math
@@ -33,7 +33,7 @@ _BATCH_BUFFERS = ("running_mean", "running_var", "num_batches_tracked")
 
 
 def num_groups_for(num_features: int, asked: int) -> int:
-    """The number of groups nearest in spirit to ``asked`` that divides ``num_features``: their greatest common divisor."""
+    """``asked`` where it divides ``num_features``, else their greatest common divisor."""
     return math.gcd(num_features, asked)
 
 
@@ -70,12 +70,13 @@ def build_replacement(module: nn.Module, to: str, options: dict[str, Any], like:
     new.register_load_state_dict_pre_hook(_drop_batch_statistics)
     if _one_value_per_features_row(module, new):
         new.register_forward_pre_hook(_refuse_features)
-    set_origin(new, Origin(module, to))
+    weight = module._parameters.get("weight")
+    set_origin(new, Origin(module, to, None if weight is None else weight.dtype))
     return new
 
 
 def restore_origin(module: nn.Module, like: Tensor | None) -> nn.Module:
-    """The original of a replacement, with the parameters, hooks, training flag and device that the replacement has now."""
+    """The original of a replacement, with the parameters, hooks, training flag and device it has now."""
     origin = origin_of(module)
     assert origin is not None
     old = origin.module
@@ -88,14 +89,12 @@ def restore_origin(module: nn.Module, like: Tensor | None) -> nn.Module:
     for name, value in module.__dict__.items():
         if "_hook" in name:
             old.__dict__[name] = value
-    before = old._parameters.get("weight")
-    dtype_before = None if before is None else before.dtype
-    if before is not None and module._parameters.get("weight") is not None:
+    now: Tensor | None = module._parameters.get("weight")
+    if now is not None and old._parameters.get("weight") is not None:
         old._parameters.update({name: module._parameters[name] for name in ("weight", "bias")})
-    now = module._parameters.get("weight")
     now = like if now is None else now
     if now is not None:
-        _bring(old, now, dtype_before)
+        _bring(old, now, origin.dtype)
     old.training = module.training
     return old
 
@@ -119,7 +118,7 @@ def _bare(module: nn.Module, to: str, options: dict[str, Any]) -> nn.Module | No
     num_features, eps = int(cast(int, module.num_features)), float(cast(float, module.eps))
     affine = options.get("affine")
     affine = module._parameters.get("weight") is not None if affine is None else affine
-    arguments: dict[str, Any] = {"affine": affine, "device": "meta"}
+    arguments: dict[str, Any] = {"affine": affine, "device": "meta"}  # its own parameters never come to be
     made: nn.Module | None
     if to == "instance_norm":
         kinds = [target for source, target in _INSTANCE_NORMS.items() if isinstance(module, source)]
@@ -144,12 +143,8 @@ def _parameters(module: nn.Module, options: dict[str, Any], like: Tensor | None)
     if affine is None or weight is not None:
         return {"weight": weight, "bias": bias}
     own = next((b for b in module._buffers.values() if b is not None and b.is_floating_point()), like)
-    made = {"device": None if own is None else own.device, "dtype": None if own is None else own.dtype}
-    num_features = cast(int, module.num_features)
-    return {
-        "weight": nn.Parameter(torch.ones(num_features, **made)),
-        "bias": nn.Parameter(torch.zeros(num_features, **made)),
-    }
+    ones = torch.ones(cast(int, module.num_features)) if own is None else own.new_ones(cast(int, module.num_features))
+    return {"weight": nn.Parameter(ones), "bias": nn.Parameter(torch.zeros_like(ones))}
 
 
 def _own_fields(module: nn.Module) -> set[str]:
@@ -166,7 +161,10 @@ def _aim_hooks(holder: nn.Module, source: nn.Module, target: nn.Module) -> None:
 
 
 def _bring(old: nn.Module, now: Tensor, dtype_before: torch.dtype | None) -> None:
-    """Move buffers to where the layer is now, and to its dtype if they shared it before."""
+    """Move what the model did not see meanwhile to where the layer is now, and to its dtype if it shared that."""
+    for parameter in old._parameters.values():
+        if parameter is not None and parameter.device != now.device:  # dropped by affine=False
+            parameter.data = parameter.data.to(now.device, now.dtype)
     for name, buffer in old._buffers.items():
         if buffer is None:
             continue
@@ -196,6 +194,7 @@ def _refuse_features(module: nn.Module, arguments: tuple[Any, ...]) -> None:
     """Features [N, C] have one value per sample and channel: normalised alone, each of them becomes the bias."""
     if arguments and isinstance(arguments[0], Tensor) and arguments[0].dim() == 2:
         raise ValueError(
-            f"{describe_norm(module)} in place of a batch norm expects an input [N, C, *] of at least 3 dims, got {list(arguments[0].shape)}: "
-            "one value per group has no variance. Use to='layer_norm', or to='group_norm' with fewer groups, for this layer."
+            f"{describe_norm(module)} in place of a batch norm expects an input [N, C, *] of at least 3 dims, got "
+            f"{list(arguments[0].shape)}: one value per group has no variance. Use to='layer_norm', or to='group_norm' "
+            "with fewer groups, for this layer."
         )

@@ -5,8 +5,10 @@ import weakref
 from torch import nn
 
 from syncnorm.conversion._adapters import LEFTOVERS
-from syncnorm.conversion._layers import find_layers, origin_of, qualified_type
+from syncnorm.conversion._layers import SHARDED, class_names, find_layers, origin_of, qualified_type
+from syncnorm.conversion._plan import shorten
 from syncnorm.conversion._replace import like_tensor, put, restore_origin
+from syncnorm.errors import SyncNormError
 from syncnorm.modules import BatchNorm, SyncStatistics
 
 __all__ = ["revert", "without_synchronisation"]
@@ -20,15 +22,15 @@ _given_back: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 def revert(model: nn.Module, *, dim: int | None = None) -> nn.Module:
     """Undo :func:`syncnorm.convert`, in place: every layer gets its exact original class, or its place, back.
 
-    What was learned since stays: parameters are the objects in use now, running statistics are where training brought them
-    (of a layer that was replaced: as they were, for group norm has none). Training flags, hooks and device are the current
-    ones. ``nn.SyncBatchNorm`` that was not converted by us becomes plain batch norm.
+    What was learned since stays: parameters are the objects in use now, running statistics are where training brought
+    them (of a layer that was replaced: as they were, for group norm has none). Training flags, hooks and device are
+    the current ones. ``nn.SyncBatchNorm`` that was not converted by us becomes plain batch norm.
 
     Args:
         model: A converted model, or any other.
         dim: What a layer becomes that does not know its number of spatial dims: ``nn.BatchNorm{dim}d`` for 1, 2 or 3.
-            Those layers are ``nn.SyncBatchNorm``, our ``SyncBatchNorm`` and what ``Trainer(sync_batchnorm=True)`` leaves.
-            None gives an ``nn.SyncBatchNorm`` that was converted back as it was, and turns others into
+            Those layers are ``nn.SyncBatchNorm``, our ``SyncBatchNorm`` and what ``Trainer(sync_batchnorm=True)``
+            leaves. None gives an ``nn.SyncBatchNorm`` that was converted back as it was, and turns others into
             :class:`syncnorm.modules.BatchNorm`, which takes any number of dims.
 
     Returns:
@@ -36,21 +38,27 @@ def revert(model: nn.Module, *, dim: int | None = None) -> nn.Module:
 
     Raises:
         ValueError: If ``dim`` is not None, 1, 2 or 3.
+        SyncNormError: If a layer was replaced and FSDP has sharded the model since.
 
     Example:
         >>> model = syncnorm.convert(torch.nn.Sequential(torch.nn.BatchNorm1d(8)), to="layer_norm")
         >>> type(syncnorm.revert(model)[0])
         <class 'torch.nn.modules.batchnorm.BatchNorm1d'>
     """
-    if dim not in _DIMS:
+    if dim not in _DIMS or isinstance(dim, bool):
         raise ValueError(f"dim must be 1, 2, 3 or None, got {dim!r}.")
     root = model
-    for layer in find_layers(model):
-        if origin_of(layer.module) is not None:
-            old = restore_origin(layer.module, like_tensor(layer, model))
-            put(layer.places, old)
-            root = old if layer.module is model else root
-            _mark_given_back(old, dim)
+    replaced = [layer for layer in find_layers(model) if origin_of(layer.module) is not None]
+    if replaced and any(class_names(module) & SHARDED for module in model.modules()):
+        raise SyncNormError(
+            f"revert puts the original modules back in place of {shorten([layer.names[0] for layer in replaced])}, and "
+            "FSDP has sharded the model as it is. Revert the unwrapped model; nothing was changed."
+        )
+    for layer in replaced:
+        old = restore_origin(layer.module, like_tensor(layer, model))
+        put(layer.places, old)
+        root = old if layer.module is model else root
+        _mark_given_back(old, dim)
     for module in list(root.modules()):
         _revert_class(module, dim)
     return root

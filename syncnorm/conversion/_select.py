@@ -51,13 +51,15 @@ def _listed(argument: str, patterns: Patterns) -> list[Pattern]:
     if patterns is None:
         return []
     listed: list[Any] = list(patterns) if isinstance(patterns, list | tuple | set | frozenset) else [patterns]
+    if not listed and argument == "include":
+        raise ValueError("include is empty, so nothing would be converted. None converts all layers.")
     for pattern in listed:
         if isinstance(pattern, type) and not issubclass(pattern, nn.Module):
             raise TypeError(f"{argument} takes types of modules, got {pattern.__name__}, which is not an nn.Module.")
         if isinstance(pattern, nn.Module) or not (isinstance(pattern, str) or callable(pattern)):
             raise TypeError(
-                f"{argument} takes globs on qualified names, module types, callables (name, module) -> bool, or a sequence "
-                f"of these; got {type(pattern).__name__}."
+                f"{argument} takes globs on qualified names, module types, callables (name, module) -> bool, or a "
+                f"sequence of these; got {type(pattern).__name__}."
             )
     return listed
 

@@ -79,7 +79,7 @@ def _swap(module: nn.Module, options: dict[str, Any]) -> Verdict:
             if news
             else Verdict("keep", own, "synchronised already")
         )
-    target = cast(type[SyncStatistics], target_of(cast(type[nn.Module], type(module))))
+    target = cast(type[SyncStatistics], target_of(type(module)))
     group = options.get("process_group")
     if group is None and module.__dict__.get("process_group") is not None:
         return Verdict("swap", target.__name__, f"group {group_spec(module.__dict__['process_group'])}, as it had")
@@ -102,7 +102,7 @@ def _replace(layer: Layer, to: str, options: dict[str, Any]) -> Verdict:
             "pruned or weight-normed" if "weight_orig" in extra or "weight_g" in extra else f"it holds {sorted(extra)}"
         )
         return Verdict("skip", own, f"{what}, which {to} would lose; make it permanent or remove it, then convert")
-    if any("_orig_mod" in place.__dict__.get("_modules", {}) and key == "_orig_mod" for place, key in layer.places):
+    if module.__dict__.get("_compiled_call_impl") or any(key == "_orig_mod" for _, key in layer.places):
         return Verdict(
             "skip", own, "torch.compile was given this very layer and would not see another; convert before compiling"
         )
@@ -125,11 +125,4 @@ def _replace_reason(module: nn.Module, to: str, options: dict[str, Any]) -> str:
         groups = num_groups_for(num_features, asked)
         if groups != asked:
             reason = f"{asked} does not divide {num_features}, {groups} = gcd({asked}, {num_features}) does; {reason}"
-    return reason if groups_of(to, num_features, options) < num_features else f"{reason}; one channel per group"
-
-
-def groups_of(to: str, num_features: int, options: dict[str, Any]) -> int:
-    """Groups of channels that share a statistic under target ``to``."""
-    if to == "group_norm":
-        return num_groups_for(num_features, options.get("num_groups", 32))
-    return 1 if to == "layer_norm" else num_features
+    return reason

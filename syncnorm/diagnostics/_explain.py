@@ -1,0 +1,187 @@
+"""Which path a layer's next call takes, and why not another. Runs no collective and changes nothing."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from syncnorm.conversion._contexts import disabled
+from syncnorm.conversion._layers import display, find_layers, keeps_batch_statistics
+from syncnorm.core.running import RunningStatistics
+from syncnorm.diagnostics._trees import call
+from syncnorm.distributed import GroupSpec, resolve
+from syncnorm.distributed.collectives import is_initialized
+from syncnorm.errors import SyncNormError
+from syncnorm.functional._sync_batch_norm import _torch_serves
+from syncnorm.kernels import BACKENDS, objections
+from syncnorm.modules import SyncStatistics
+
+__all__ = ["explain"]
+
+
+def explain(module: nn.Module, x: Any = None) -> str:
+    """Say which path a synchronised layer takes and why: its group, the kernel backend, the running statistics.
+
+    Only this rank is asked, so any rank may call it alone. No collective is made and no buffer moves.
+
+    Args:
+        module: One of our layers, or a model that contains some.
+        x: An input of ``module``: for a layer a tensor [N, C, *], for a model a tensor, a tuple of positional or a
+            dict of keyword arguments; the model is then run once in evaluation mode to see what reaches each layer.
+            Without it the backends are not asked.
+
+    Returns:
+        Text, a paragraph for each of our layers and a line for batch norms that are not synchronised.
+
+    Example:
+        >>> print(syncnorm.explain(syncnorm.SyncBatchNorm1d(8).eval()))
+        SyncBatchNorm1d(8)
+          group    world: no process group here, this rank alone
+          path     evaluation: torch's batch_norm with the running statistics, no exchange
+          buffers  running statistics float32 on cpu, updated by every batch
+    """
+    if not isinstance(module, nn.Module):
+        raise TypeError(f"explain takes one of our layers or a model, got {type(module).__name__}.")
+    if isinstance(module, SyncStatistics):
+        if x is not None and not isinstance(x, Tensor):
+            raise TypeError(f"the input of a layer is a tensor [N, C, *], got {type(x).__name__}.")
+        return _explain_layer(module, "", x)
+    layers = find_layers(module)
+    ours = [(layer.names[0], layer.module) for layer in layers if isinstance(layer.module, SyncStatistics)]
+    others = [layer for layer in layers if keeps_batch_statistics(layer.module)]
+    others = [layer for layer in others if not isinstance(layer.module, SyncStatistics)]
+    inputs = {} if x is None else _inputs(module, [layer for _, layer in ours], x)
+    texts = [_explain_layer(layer, name, inputs.get(id(layer)), x is not None) for name, layer in ours]
+    if others:
+        named = ", ".join(f"{type(layer.module).__name__} {display(layer.names[0])}" for layer in others)
+        texts.append(f"not synchronised: {named}; syncnorm.plan(model) says what convert would do")
+    return "\n".join(texts) or "no layer uses batch statistics"
+
+
+def _explain_layer(layer: SyncStatistics, name: str, x: Tensor | None, ran: bool = False) -> str:
+    group, size = _group(layer)
+    lines = [("group", group), ("path", _path(layer, size, x))]
+    if layer.training and _walks(layer, size, x):
+        lines += _backends(layer, x, ran)
+    lines.append(("buffers", _buffers(layer)))
+    head = f"{type(layer).__name__}({layer.num_features}){' ' + name if name else ''}"
+    if x is not None:
+        head += f" on {list(x.shape)} {str(x.dtype).removeprefix('torch.')} on {x.device}"
+    return "\n".join([head, *(f"  {label:<7}  {text}" for label, text in lines)])
+
+
+def _group(layer: SyncStatistics) -> tuple[str, int | None]:
+    """The group in words, and how many ranks it has as far as one rank can tell without meeting the others."""
+    spec = layer._group_spec
+    if not layer._sync:
+        return f"{spec}: disabled, this rank alone", 1
+    if spec.kind in ("named", "outside") or (spec.kind == "world" and is_initialized()):
+        try:
+            size = resolve(spec).size
+        except SyncNormError as error:
+            return f"{spec}: a training forward raises: {error}", None
+        return f"{spec}: {size} ranks", size
+    if not is_initialized():
+        if layer._synced_over > 1:
+            return f"{spec}: it had {layer._synced_over} ranks and now there is no process group, training raises", None
+        return f"{spec}: no process group here, this rank alone", 1
+    if spec.kind == "size":
+        world = resolve(GroupSpec()).size
+        if world % spec.size:
+            return f"{spec.size} ranks each: a training forward raises, it does not divide the world of {world}", None
+        return f"{spec.size} ranks each, of {world}", spec.size
+    known = layer._synced_over or None
+    return f"{spec}: {f'{known} ranks' if known else 'ranks are counted at the first training forward'}", known
+
+
+def _path(layer: SyncStatistics, size: int | None, x: Tensor | None) -> str:
+    if not layer.training:
+        which = (
+            "the running statistics" if layer.running_mean is not None else "the batch of this rank (it tracks none)"
+        )
+        return f"evaluation: torch's batch_norm with {which}, no exchange"
+    if not _walks(layer, size, x):
+        return "training, one rank: torch's batch_norm itself, no exchange"
+    if size == 1:
+        return f"training, one rank: the synchronised walk without an exchange, because {_why_walk(layer)}"
+    over = "the ranks of its group" if size is None else f"{size} ranks"
+    return f"training over {over}: one all-reduce forward, one backward"
+
+
+def _walks(layer: SyncStatistics, size: int | None, x: Tensor | None) -> bool:
+    if size != 1 or layer.backend != "auto" or layer.accumulate > 1:
+        return True
+    if x is None:
+        return False
+    tracked = layer.track_running_stats
+    mean, var, counter = (
+        getattr(layer, name) if tracked else None for name in ("running_mean", "running_var", "num_batches_tracked")
+    )
+    return not _torch_serves(x, layer.weight, layer.bias, RunningStatistics(mean, var, counter, layer.momentum))
+
+
+def _why_walk(layer: SyncStatistics) -> str:
+    if layer.backend != "auto":
+        return f"backend={layer.backend!r} was asked for by name"
+    if layer.accumulate > 1:
+        return "statistics are gathered over micro-batches"
+    return "torch's batch_norm does not take these dtypes together, or would read its counter on the host"
+
+
+def _backends(layer: SyncStatistics, x: Tensor | None, ran: bool) -> list[tuple[str, str]]:
+    if x is None:
+        why = "did not reach it" if ran else "is needed to ask the backends; pass one as x"
+        return [("backend", f"{layer.backend!r} of {list(BACKENDS)}; an input {why}")]
+    answers = objections(x)
+    first = next((name for name, reason in answers.items() if reason is None), None)
+    chosen = first if layer.backend == "auto" else layer.backend
+    lines = []
+    for name, reason in answers.items():
+        says = "serves this input" if reason is None else reason
+        mark = ", taken" if name == chosen and reason is None else ""
+        mark = ", asked for by name: the call raises" if name == chosen and reason is not None else mark
+        lines.append(("backend", f"{name}: {says}{mark}"))
+    return [*lines, ("backend", "under torch.compile: reference, which Inductor fuses with its neighbours")]
+
+
+def _buffers(layer: SyncStatistics) -> str:
+    mean = layer.running_mean
+    if mean is None:
+        return "no running statistics"
+    where = f"running statistics {str(mean.dtype).removeprefix('torch.')} on {mean.device}"
+    if not layer.track_running_stats:
+        return f"{where}, not updated (track_running_stats is off)"
+    every = "by every batch" if layer.accumulate == 1 else f"once per {layer.accumulate} micro-batches"
+    return f"{where}, updated {every}{' as a cumulative average' if layer.momentum is None else ''}"
+
+
+def _inputs(model: nn.Module, layers: list[SyncStatistics], x: Any) -> dict[int, Tensor]:
+    """What reaches each layer first when ``model`` is run on ``x``."""
+    seen: dict[int, Tensor] = {}
+
+    def note(module: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
+        tensor = arguments[0] if arguments else named.get("input")
+        if isinstance(tensor, Tensor):
+            seen.setdefault(id(module), tensor)
+
+    handles = [layer.register_forward_pre_hook(note, with_kwargs=True) for layer in layers]
+    try:
+        with disabled(model), _evaluating(model), torch.no_grad():
+            call(model, x)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return seen
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    before = [(module, module.training) for module in model.modules()]
+    try:
+        model.eval()
+        yield
+    finally:
+        for module, training in before:
+            module.training = training
