@@ -8,8 +8,6 @@ Every number is a ratio of two medians taken in one interleaved run, because the
 result is wrong is not timed. The walk runs in a group of one: what it costs without the wire.
 """
 
-# ruff: noqa: T201
-
 import argparse
 import json
 import os

@@ -10,7 +10,9 @@ from torch import Tensor, nn
 LAYERS = {2: nn.BatchNorm1d, 3: nn.BatchNorm1d, 4: nn.BatchNorm2d, 5: nn.BatchNorm3d}
 
 
-def whole_batch(shape: Sequence[int], *, offset: float = 0.5, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
+def whole_batch(
+    shape: Sequence[int], *, offset: float = 0.5, dtype: torch.dtype = torch.float64
+) -> tuple[Tensor, Tensor]:
     """An input and a weight for the loss, the same on every rank."""
     generator = torch.Generator().manual_seed(7)
     x = torch.randn(*shape, generator=generator, dtype=torch.float64) * 2 + offset

@@ -12,10 +12,16 @@ import syncnorm
 from syncnorm.testing import run_ranks
 
 CASES: dict[str, tuple[Any, str]] = {
-    "channels": (torch.randn(4, 5, 2, 2), r"SyncBatchNorm2d\(3\): expected 3 channels in dim 1, got an input \[4, 5, 2, 2\]\.$"),
+    "channels": (
+        torch.randn(4, 5, 2, 2),
+        r"SyncBatchNorm2d\(3\): expected 3 channels in dim 1, got an input \[4, 5, 2, 2\]\.$",
+    ),
     "channels last": (torch.randn(4, 2, 2, 3), r"The channels seem to be last: use x\.movedim\(-1, 1\)"),
     "rank of input": (torch.randn(4, 3), r"expected an input \[N, C, \*\] of 4 dims, got \[4, 3\]"),
-    "integers": (torch.ones(4, 3, 2, 2, dtype=torch.int64), r"expected a floating-point input, got torch\.int64.*input\.float\(\)"),
+    "integers": (
+        torch.ones(4, 3, 2, 2, dtype=torch.int64),
+        r"expected a floating-point input, got torch\.int64.*input\.float\(\)",
+    ),
 }
 
 
@@ -56,7 +62,10 @@ def test_eps_zero_is_refused_when_training_as_in_torch() -> None:
 
 def test_one_value_in_one_process() -> None:
     layer = syncnorm.SyncBatchNorm1d(3)
-    with pytest.raises(ValueError, match=r"SyncBatchNorm1d\(3\): expected more than 1 value per channel when training, got an input \[1, 3\]"):
+    with pytest.raises(
+        ValueError,
+        match=r"SyncBatchNorm1d\(3\): expected more than 1 value per channel when training, got an input \[1, 3\]",
+    ):
         layer(torch.randn(1, 3))
     assert layer.num_batches_tracked == 0 and layer.running_mean.tolist() == [0, 0, 0]
 

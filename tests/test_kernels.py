@@ -8,7 +8,16 @@ from torch import Tensor
 from syncnorm.core.layout import flatten, flatten_like, unflatten
 from syncnorm.kernels import BACKENDS, choose, objections
 
-SHAPES = [(1, 1, 2), (3, 3, 1, 1), (2, 65, 7, 3), (5, 3, 199), (199, 3), (2, 3, 3, 2, 5), (2, 300, 33, 33), (1, 2, 9999)]
+SHAPES = [
+    (1, 1, 2),
+    (3, 3, 1, 1),
+    (2, 65, 7, 3),
+    (5, 3, 199),
+    (199, 3),
+    (2, 3, 3, 2, 5),
+    (2, 300, 33, 33),
+    (1, 2, 9999),
+]
 # float32 sums run over at most 4096 terms: sqrt(4096) roundings of half an ulp, twice over for the square of a deviation.
 HELD = 2 * 64 * 2**-25
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]

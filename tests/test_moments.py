@@ -48,7 +48,9 @@ def test_wire_loses_no_more_variance_than_promised() -> None:
         values = [Fraction(int(ratio)) + k for k in range(-2, 3)]
         mean = sum(values) / 5
         m2 = float(sum((v - mean) ** 2 for v in values))
-        row = to_sums(Moments(5.0, torch.tensor([float(mean)], dtype=torch.float64), torch.tensor([m2], dtype=torch.float64)))
+        row = to_sums(
+            Moments(5.0, torch.tensor([float(mean)], dtype=torch.float64), torch.tensor([m2], dtype=torch.float64))
+        )
         error = abs(float(from_sums(row + row).var) - 2) / 2
         assert error <= 8 * 1.1e-16 * ratio**2 + 1e-15, (ratio, error)
 
@@ -57,6 +59,8 @@ def test_variance_is_never_negative_and_empty_is_neutral() -> None:
     constant = Moments(7.0, torch.tensor([0.1], dtype=torch.float64), torch.zeros(1, dtype=torch.float64))
     assert float(from_sums(3 * to_sums(constant)).m2) >= 0
     nothing = from_sums(to_sums(empty_moments(2, torch.device("cpu"))))
-    assert nothing.mean.tolist() == [0, 0] and nothing.var.tolist() == [0, 0] and nothing.unbiased_var.tolist() == [0, 0]
+    assert (
+        nothing.mean.tolist() == [0, 0] and nothing.var.tolist() == [0, 0] and nothing.unbiased_var.tolist() == [0, 0]
+    )
     both = merge_moments(stack_moments([constant, empty_moments(1, torch.device("cpu"))]))
     assert (float(both.count), float(both.mean), float(both.m2)) == (7.0, 0.1, 0.0)

@@ -12,7 +12,12 @@ import syncnorm
 from syncnorm.testing import count_collectives, run_ranks
 from tests.oracles import LAYERS, errors, my_slice, randomise_affine, results, step_errors, whole_batch
 
-OURS = {2: syncnorm.SyncBatchNorm1d, 3: syncnorm.SyncBatchNorm1d, 4: syncnorm.SyncBatchNorm2d, 5: syncnorm.SyncBatchNorm3d}
+OURS = {
+    2: syncnorm.SyncBatchNorm1d,
+    3: syncnorm.SyncBatchNorm1d,
+    4: syncnorm.SyncBatchNorm2d,
+    5: syncnorm.SyncBatchNorm3d,
+}
 SPLITS = [[4, 4], [7, 2], [5, 0, 3], [1, 1, 1, 1], [0, 8], [1, 0, 0, 7]]
 SPATIAL = [(), (5,), (4, 5), (2, 3, 4)]
 
@@ -65,7 +70,10 @@ def test_every_setting_equals_the_whole_batch(splits: list[int]) -> None:
 def _uneven_maps() -> dict[str, float]:
     # Ranks hold one image each, of different size: statistics must weigh pixels, not images.
     sizes = [(2, 3), (5, 7), (1, 1)]
-    pieces = [torch.randn(1, 3, *size, generator=torch.Generator().manual_seed(i), dtype=torch.float64) for i, size in enumerate(sizes)]
+    pieces = [
+        torch.randn(1, 3, *size, generator=torch.Generator().manual_seed(i), dtype=torch.float64)
+        for i, size in enumerate(sizes)
+    ]
     whole = torch.cat([piece.flatten(2) for piece in pieces], 2)
     ends = torch.tensor([0] + [p[0, 0].numel() for p in pieces]).cumsum(0)
     rank = dist.get_rank()
@@ -93,7 +101,10 @@ def _dtypes(splits: list[int]) -> list[str]:
             randomise_affine(layer)
             layer.weight.data, layer.bias.data = layer.weight.data.to(param_dtype), layer.bias.data.to(param_dtype)
             if track:
-                layer.running_mean, layer.running_var = layer.running_mean.to(stat_dtype), layer.running_var.to(stat_dtype)
+                layer.running_mean, layer.running_var = (
+                    layer.running_mean.to(stat_dtype),
+                    layer.running_var.to(stat_dtype),
+                )
             x, loss_weight = (t.to(input_dtype) for t in whole_batch((sum(splits), 3, 4, 4)))
             oracle = nn.BatchNorm2d(3, track_running_stats=track, dtype=torch.float64)
             oracle.load_state_dict({name: value.double() for name, value in layer.state_dict().items()})
@@ -109,7 +120,9 @@ def _dtypes(splits: list[int]) -> list[str]:
             for name, error in errors(mine, exact, part).items():
                 bound = next((b for prefix, b in bounds.items() if name.startswith(prefix)), 8 * rounding)
                 if error > bound:
-                    failures.append(f"{input_dtype} {param_dtype} {stat_dtype} track={track} {name}: {error:.1e} > {bound:.1e}")
+                    failures.append(
+                        f"{input_dtype} {param_dtype} {stat_dtype} track={track} {name}: {error:.1e} > {bound:.1e}"
+                    )
     return failures
 
 
@@ -137,7 +150,10 @@ def _layouts(splits: list[int]) -> float:
             y = layer(mine)
             if name in ("contiguous", "channels_last"):
                 assert y.stride() == mine.stride(), name
-            worst = max(worst, *errors(results(syncnorm.SyncBatchNorm2d(3, dtype=torch.float64), mine, weight), exact, part).values())
+            worst = max(
+                worst,
+                *errors(results(syncnorm.SyncBatchNorm2d(3, dtype=torch.float64), mine, weight), exact, part).values(),
+            )
     return worst
 
 
@@ -154,7 +170,13 @@ def _every_shard_empty() -> dict[str, Any]:
         y = layer(x)
         y.sum().backward()
         changed = [name for name, value in layer.state_dict().items() if not torch.equal(value, before[name])]
-        out[str(dtype)] = (tuple(y.shape), changed, tuple(x.grad.shape), layer.weight.grad.tolist(), layer.bias.grad.tolist())
+        out[str(dtype)] = (
+            tuple(y.shape),
+            changed,
+            tuple(x.grad.shape),
+            layer.weight.grad.tolist(),
+            layer.bias.grad.tolist(),
+        )
     return out
 
 

@@ -24,7 +24,7 @@ class Moments(NamedTuple):
         m2: Sum of squared deviations from ``mean``, float64 ``[..., C]``.
     """
 
-    count: Tensor | float
+    count: Tensor | float  # type: ignore[assignment]  # hides tuple.count, which nobody needs here
     mean: Tensor
     m2: Tensor
 

@@ -48,7 +48,7 @@ def update_running(running: RunningStatistics, batch: Moments) -> None:
 
     Reference: Ioffe & Szegedy (2015), section 3.1; Hoffer et al. (2017) for averages over several micro-batches.
     """
-    due = batch.count > 0
+    due: Tensor | bool = batch.count > 0
     if running.pending is not None:
         batch, due = _gather(running.pending, running.accumulate, batch)
     counter = running.num_batches_tracked
@@ -56,6 +56,7 @@ def update_running(running: RunningStatistics, batch: Moments) -> None:
         counter.add_(due)
     if running.mean is None or running.var is None:
         return
+    factor: Tensor | float
     if running.momentum is None and counter is not None:
         factor = due / counter.clamp(min=1).double()
     else:  # as torch: without a counter there is no average to take

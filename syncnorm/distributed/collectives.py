@@ -4,6 +4,8 @@ Eager calls use the plain in-place collective (on gloo the functional one costs 
 small row); a traced call uses the functional one, which torch.compile can keep in one graph.
 """
 
+from collections.abc import Callable
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -22,7 +24,8 @@ def find_group(name: str) -> dist.ProcessGroup:
     Raises:
         RuntimeError: If there is none, or no longer.
     """
-    return dist.distributed_c10d._resolve_process_group(name)
+    resolve: Callable[[str], dist.ProcessGroup] = dist.distributed_c10d._resolve_process_group  # type: ignore[assignment, unused-ignore]
+    return resolve(name)
 
 
 def group_ranks(name: str) -> tuple[int, ...]:

@@ -75,7 +75,9 @@ def group_spec(process_group: Any) -> GroupSpec:
         return GroupSpec("outside")
     if isinstance(process_group, int) and not isinstance(process_group, bool):
         if process_group < 1:
-            raise ValueError(f"process_group as an int is the number of ranks per group, at least 1; got {process_group}.")
+            raise ValueError(
+                f"process_group as an int is the number of ranks per group, at least 1; got {process_group}."
+            )
         return GroupSpec("size", size=process_group)
     if isinstance(process_group, str):
         raise ValueError(f'process_group as a string must be "world" or "node", got {process_group!r}.')
@@ -149,7 +151,9 @@ def make_subgroups(size: int | Literal["node"]) -> dist.ProcessGroup:
         SyncNormError: If there is no default process group.
     """
     if not collectives.is_initialized():
-        raise SyncNormError("make_subgroups needs a default process group; call torch.distributed.init_process_group first.")
+        raise SyncNormError(
+            "make_subgroups needs a default process group; call torch.distributed.init_process_group first."
+        )
     return collectives.find_group(_subgroup(group_spec(size)).name)
 
 

@@ -56,7 +56,7 @@ def batch_normalize(
         # Inside, because there torch.func's wrappers are off and buffers may be written in place.
         y: Tensor = _apply(_Normalize, x, weight, bias, walk, running)[0]
         return y
-    y, mean, m2, _, count = _Normalize.apply(x, weight, bias, walk, None)
+    y, mean, m2, _, count = _Normalize.apply(x, weight, bias, walk, None)  # type: ignore[no-untyped-call]
     if count_per_channel(x) <= 1 and isinstance(count, Tensor):
         torch._assert_async(count != 1, _ONE_VALUE)
     if running is not None:
@@ -82,11 +82,16 @@ class _Normalize(Function):
         if x.numel():
             backend = choose(walk.backend, x)
             y = unflatten(backend.batch_normalize(flat, moments.mean, rstd, weight, bias), x.shape)
+            if not torch.compiler.is_compiling():
+                y = y.data  # the same memory, but no view: the ReLU(inplace=True) that often follows writes into it
         else:
-            y = torch.empty_like(x)
+            y = _empty_after(rstd, x)
         if running is not None and not recomputing:
             update_running(running, moments)
-        return y, moments.mean, moments.m2, rstd, moments.count
+        count = moments.count
+        if torch.compiler.is_compiling() and not isinstance(count, Tensor):
+            count = rstd.new_full((), count)  # Dynamo asks every output for a gradient that is a tensor
+        return y, moments.mean, moments.m2, rstd, count
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
@@ -107,9 +112,9 @@ class _Normalize(Function):
             count = ctx.count
         arguments = (grad, x, weight, mean, rstd, count, ctx.walk, ctx.needs_input_grad[0])
         if torch.compiler.is_compiling():
-            dx, dweight, dbias, _ = _Backward.forward(*arguments)
+            dx, dweight, dbias = _Backward.forward(*arguments)[:3]
         else:
-            dx, dweight, dbias, _ = _apply(_Backward, *arguments)
+            dx, dweight, dbias = _apply(_Backward, *arguments)[:3]
         return (
             dx,
             dweight.to(weight.dtype) if ctx.needs_input_grad[1] else None,
@@ -134,9 +139,10 @@ class _Backward(Function):
         needs_input_grad: bool,
     ) -> tuple[Tensor | None, Tensor, Tensor, Tensor]:
         if not x.numel():
-            sums = torch.zeros(2, x.size(1), dtype=torch.float64, device=x.device)
+            zero = grad.transpose(0, 1).flatten(1).sum(1, dtype=torch.float64)
+            sums = torch.stack([zero, zero])
             means = exchange_sums(sums.clone(), walk.group) / at_least_one(count)
-            return torch.empty_like(x), sums[1], sums[0], means
+            return _empty_after(means[0], x), sums[1], sums[0], means
         backend, flat = choose(walk.backend, x), flatten(x)
         grad = flatten_like(grad, flat)
         sums = backend.batch_backward_reduce(grad, flat, mean, rstd)
@@ -181,6 +187,12 @@ class _Backward(Function):
             grad_g, grad_x = unflatten(grad_g, shape), unflatten(grad_x, shape)
         grad_weight_out = None if weight is None else grad_weight.to(weight.dtype)
         return grad_g.to(x.dtype), grad_x.to(x.dtype), grad_weight_out, None, None, None, None, None
+
+
+def _empty_after(vector: Tensor, x: Tensor) -> Tensor:
+    # Formed from the vector and not just empty: torch.compile drops an exchange that no result depends on, and puts one
+    # that does not depend on the gradient into the forward graph; either way the other ranks would wait for this one.
+    return x * vector.to(x.dtype).view(x.size(1), *[1] * (x.dim() - 2))
 
 
 def _apply(function: type[Function], *arguments: Any) -> Any:

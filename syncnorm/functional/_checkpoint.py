@@ -65,5 +65,5 @@ def _region() -> Any:
     while frame is not None:
         if frame.f_code in (CheckpointFunction.forward.__code__, CheckpointFunction.backward.__code__):
             return frame.f_locals["ctx"]
-        frame = frame.f_back  # type: ignore[assignment]
+        frame = frame.f_back
     return None

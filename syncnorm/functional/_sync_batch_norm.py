@@ -81,9 +81,10 @@ def sync_batch_norm(
     if not training:
         _validate(input, num_features, input_dims)
         if running_mean is None or running_var is None:
-            return functional.batch_norm(input, None, None, *_in_dtype(input, weight, bias), True, 0.0, eps)
-        tensors = _in_dtype(input, running_mean, running_var, weight, bias)
-        return functional.batch_norm(input, *tensors, False, 0.0, eps)
+            weight, bias = _in_dtype(input, weight, bias)
+            return functional.batch_norm(input, None, None, weight, bias, True, 0.0, eps)
+        running_mean, running_var, weight, bias = _in_dtype(input, running_mean, running_var, weight, bias)
+        return functional.batch_norm(input, running_mean, running_var, weight, bias, False, 0.0, eps)
 
     ranks = group if isinstance(group, Group) else resolve(group_spec(group))
     try:
@@ -108,7 +109,9 @@ def _validate(input: Tensor, num_features: int | None, input_dims: tuple[int, ..
         wanted = "at least 2" if input_dims is None else " or ".join(map(str, input_dims))
         raise ValueError(f"expected an input [N, C, *] of {wanted} dims, got {list(input.shape)}.")
     if not input.is_floating_point():
-        raise TypeError(f"expected a floating-point input, got {input.dtype}. Convert it, for example with input.float().")
+        raise TypeError(
+            f"expected a floating-point input, got {input.dtype}. Convert it, for example with input.float()."
+        )
     if num_features is not None and input.size(1) != num_features:
         hint = " The channels seem to be last: use x.movedim(-1, 1)." if input.size(-1) == num_features else ""
         raise ValueError(f"expected {num_features} channels in dim 1, got an input {list(input.shape)}.{hint}")
@@ -129,10 +132,9 @@ def _fits(input: Tensor, *tensors: Tensor | None) -> bool:
 
 
 def _torch_serves(input: Tensor, weight: Tensor | None, bias: Tensor | None, running: RunningStatistics) -> bool:
-    if running.momentum is None and running.mean is not None and running.num_batches_tracked is not None:
-        # torch reads its counter on the host here; without that, the walk over a group of one gives the same average.
-        if input.device.type != "cpu" or torch.compiler.is_compiling():
-            return False
+    cumulative = running.momentum is None and running.mean is not None and running.num_batches_tracked is not None
+    if cumulative and (input.device.type != "cpu" or torch.compiler.is_compiling()):
+        return False  # torch reads its counter on the host here; the walk over a group of one gives the same average
     return _fits(input, weight, bias, running.mean, running.var)
 
 

@@ -27,7 +27,9 @@ class Backend(Protocol):
     def batch_moments(self, x: Tensor) -> Moments:
         """Count, mean and M2 per channel; torch's ``batch_norm_stats``."""
 
-    def batch_normalize(self, x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+    def batch_normalize(
+        self, x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor | None, bias: Tensor | None
+    ) -> Tensor:
         """``(x - mean)·rstd·weight + bias`` in the dtype of ``x``; torch's ``batch_norm_elemt``."""
 
     def batch_backward_reduce(self, grad: Tensor, x: Tensor, mean: Tensor, rstd: Tensor) -> Tensor:

@@ -76,6 +76,7 @@ class SyncStatistics(_BatchNorm):
     ) -> None:
         if eps < 0:
             raise ValueError(f"eps must be positive, got {eps}.")
+        _check_options(backend, accumulate)
         super().__init__(num_features, eps, momentum, affine, track_running_stats, device=device, dtype=dtype)
         if affine and not bias:
             self.register_parameter("bias", None)
@@ -109,16 +110,21 @@ class SyncStatistics(_BatchNorm):
 
     @classmethod
     def adopt(
-        cls, module: nn.Module, *, process_group: object = None, backend: str = "auto", accumulate: int = 1
+        cls,
+        module: nn.Module,
+        *,
+        process_group: object = None,
+        backend: str | None = None,
+        accumulate: int | None = None,
     ) -> nn.Module:
         """Make ``module`` a layer of this class, in place; :meth:`release` undoes it.
 
         Args:
             module: A layer whose exact type has this class in :data:`TARGETS`, or one that is synchronised already and
-                then takes the new settings.
+                then only takes the settings that are given.
             process_group: As in the constructor; None keeps the group of a layer that has one, and is ``"world"`` else.
-            backend: As in the constructor.
-            accumulate: As in the constructor.
+            backend: As in the constructor; None keeps, or is ``"auto"``.
+            accumulate: As in the constructor; None keeps, or is 1.
 
         Returns:
             The same object.
@@ -126,40 +132,44 @@ class SyncStatistics(_BatchNorm):
         Raises:
             TypeError: If this class is not what the exact type of ``module`` is swapped to.
         """
-        origin: type[nn.Module] | None = None
-        torch_group: GroupSpec | None = None
+        _check_options(backend or "auto", 1 if accumulate is None else accumulate)
+        spec = None if process_group is None else group_spec(process_group)
         if isinstance(module, SyncStatistics):
-            spec = module._group_spec if process_group is None else group_spec(process_group)
-            origin, torch_group = module._origin, module._torch_group
-        elif TARGETS.get(type(module)) is not cls:
+            if spec is not None:
+                module.process_group = spec
+            if backend is not None:
+                module.backend = backend
+            if accumulate is not None and accumulate != module.accumulate:
+                module._set_pending(accumulate)
+            return module
+        if TARGETS.get(type(module)) is not cls:
             raise TypeError(
                 f"{cls.__name__} takes the place of {[t.__name__ for t, target in TARGETS.items() if target is cls]} and "
                 f"nothing else, got {type(module).__name__}. register_adapter teaches it others."
             )
-        else:
-            origin = type(module)
-            if "process_group" in module.__dict__:  # nn.SyncBatchNorm's, a live group that no copy could carry
-                torch_group = group_spec(module.__dict__["process_group"])
-            spec = torch_group if process_group is None and torch_group is not None else group_spec(process_group)
-            _check_options(backend, accumulate)
-            module.__dict__.pop("process_group", None)
-            module.__class__ = cls
+        origin: type[nn.Module] = type(module)
+        torch_group: GroupSpec | None = None
+        if "process_group" in module.__dict__:  # nn.SyncBatchNorm's, a live group that no copy could carry
+            torch_group = group_spec(module.__dict__.pop("process_group"))
+        module.__class__ = cls
         layer = cast(SyncStatistics, module)
-        layer._set_up(spec, backend, accumulate, origin, torch_group)
+        layer._set_up(spec or torch_group or GroupSpec(), backend or "auto", accumulate or 1, origin, torch_group)
         return layer
 
     def release(self) -> nn.Module:
         """Give the layer its original class back, in place, and take away all that :meth:`adopt` added."""
-        origin, torch_group = self._origin or self.reverts_to, self._torch_group
+        origin: type[nn.Module] = self._origin or self.reverts_to
+        torch_group = self._torch_group
         for name in _OURS:
             self.__dict__.pop(name, None)
-        self._set_pending(1)
+        self._buffers.pop("_pending", None)
+        self._non_persistent_buffers_set.discard("_pending")
         for name in ("running_mean", "running_var"):
             statistic, weight = self._buffers.get(name), self._parameters.get("weight")
             if statistic is not None and weight is not None and weight.dtype in _HALVES:
                 # Kept in float32 by us; torch's layer wants the statistics in the dtype of a half-precision weight.
                 self._buffers[name] = statistic.to(weight.dtype)
-        self.__class__ = origin
+        self.__class__ = origin  # type: ignore[assignment]
         if torch_group is not None:
             group = find_group(torch_group.name) if torch_group.kind == "named" else None
             self.__dict__["process_group"] = group
@@ -173,7 +183,8 @@ class SyncStatistics(_BatchNorm):
         """
         for layer in list(module.modules()):
             if is_synced(layer) or type(layer) in TARGETS:
-                TARGETS.get(type(layer), SyncStatistics).adopt(layer, process_group=process_group)
+                target = TARGETS.get(type(layer), SyncStatistics)
+                target.adopt(layer, process_group=process_group)
         return module
 
     def extra_repr(self) -> str:
@@ -181,12 +192,12 @@ class SyncStatistics(_BatchNorm):
         ours = {"process_group": (self._group_spec, GroupSpec()), "backend": (self.backend, "auto")}
         ours["accumulate"] = (self.accumulate, 1)
         extra = [f"{name}={value}" for name, (value, default) in ours.items() if value != default]
-        return ", ".join([super().extra_repr(), *extra])
+        return ", ".join([super().extra_repr(), *extra])  # type: ignore[no-untyped-call]
 
     def _group(self) -> Group:
         if not self._sync:
             return LOCAL
-        group = resolve(self._group_spec)
+        group: Group = resolve(self._group_spec)
         if torch.compiler.is_compiling():
             return group
         if not group.name and self._synced_over > 1:
@@ -206,13 +217,12 @@ class SyncStatistics(_BatchNorm):
         origin: type[nn.Module] | None = None,
         torch_group: GroupSpec | None = None,
     ) -> None:
-        _check_options(backend, accumulate)
         self._group_spec, self.backend, self._sync, self._synced_over = spec, backend, True, 0
         self._origin, self._torch_group = origin, torch_group
         self._set_pending(accumulate)
-        self.accumulate = accumulate
 
     def _set_pending(self, accumulate: int) -> None:
+        self.accumulate = accumulate
         self._buffers.pop("_pending", None)
         self._non_persistent_buffers_set.discard("_pending")
         if accumulate > 1:
@@ -225,7 +235,7 @@ class SyncStatistics(_BatchNorm):
         # the sums of micro-batches: where .half() or .bfloat16() narrows them, they move to the device as they are.
         names = ("running_mean", "running_var", "_pending")
         before = {name: self._buffers.get(name) for name in names}
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for name, old in before.items():
             new = self._buffers.get(name)
             if old is None or new is None or new.dtype == old.dtype:

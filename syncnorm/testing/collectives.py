@@ -8,7 +8,14 @@ import torch.distributed as dist
 
 __all__ = ["count_collectives"]
 
-_WATCHED = ("all_reduce", "all_gather", "all_gather_into_tensor", "all_gather_object", "broadcast", "reduce_scatter_tensor")
+_WATCHED = (
+    "all_reduce",
+    "all_gather",
+    "all_gather_into_tensor",
+    "all_gather_object",
+    "broadcast",
+    "reduce_scatter_tensor",
+)
 
 
 @contextmanager
