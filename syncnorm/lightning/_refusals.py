@@ -24,13 +24,13 @@ def refuse_rivals(surgery: Surgery, trainer: "Trainer", pl_module: "LightningMod
     both = [name for other in others for name in surgery.selected(pl_module, other.touched)]
     if both:
         raise SyncNormError(
-            f"two SyncNorm callbacks select the same {len(both)} layers: {shorten(both)}. Keep one callback, or part them "
-            "with include= and exclude=."
+            f"two SyncNorm callbacks select the same {len(both)} layers: {shorten(both)}. Keep one callback, or part "
+            "them with include= and exclude=."
         )
 
 
 def refuse_workers(surgery: Surgery, trainer: "Trainer", pl_module: "LightningModule") -> None:
-    """Another architecture in worker processes: the main process loads their weights into the old one, and not strictly."""
+    """Another architecture in worker processes: the main process loads their weights into the old one, not strictly."""
     launcher = trainer.strategy.launcher
     if surgery.keeps_keys or not is_kind_of(launcher, "_MultiProcessingLauncher") or not surgery.pending(pl_module):
         return

@@ -107,15 +107,15 @@ class SyncNorm(Callback):
         self._surgery.run(pl_module, last=True)
         if self._surgery.found_nothing():
             self._warn_once(
-                "found no batch norm to convert and has no effect; syncnorm.inspect(model) shows what is there."
+                "found no batch norm to convert, so it has no effect; see print(syncnorm.inspect(model))."
             )
             return
         rank_zero_info(f"SyncNorm: {self._surgery.summary()}")
         size, world = self._surgery.group_sizes()
         if size == 1 < world:
             self._warn_once(
-                f"has no effect: process_group={self._surgery.options['process_group']!r} gives each of the {world} ranks "
-                "a group of its own. Use process_group='world'."
+                f"has no effect: process_group={self._surgery.options['process_group']!r} gives each of the {world} "
+                "ranks a group of its own. Use process_group='world'."
             )
 
     def teardown(self, trainer: "Trainer", pl_module: "LightningModule", stage: str) -> None:

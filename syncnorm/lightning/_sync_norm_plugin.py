@@ -48,8 +48,8 @@ class SyncNormPlugin(LayerSync):
         if to != "sync_batch_norm" and to in get_args(To):
             raise ValueError(
                 f"SyncNormPlugin(to={to!r}) would change the architecture after Lightning has restored the checkpoint, "
-                f"and back when the fit ends. Use the callback SyncNorm(to={to!r}), or syncnorm.convert(model, to={to!r}) "
-                "before the Trainer."
+                f"and back when the fit ends. Use the callback SyncNorm(to={to!r}), or call syncnorm.convert(model, "
+                f"to={to!r}) before the Trainer."
             )
         self._surgery = Surgery(
             to,
@@ -65,7 +65,7 @@ class SyncNormPlugin(LayerSync):
         self._surgery.run(model, last=True)
         if self._surgery.found_nothing():
             rank_zero_warn(
-                "SyncNormPlugin found no batch norm to convert and has no effect; syncnorm.inspect(model) shows what is there."
+                "SyncNormPlugin found no batch norm to convert, so it has no effect; print(syncnorm.inspect(model))."
             )
         else:
             rank_zero_info(f"SyncNormPlugin: {self._surgery.summary()}")
