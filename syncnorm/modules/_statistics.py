@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from typing_extensions import Self
 
-from syncnorm.distributed.collectives import find_group
+from syncnorm.distributed.collectives import find_group, group_ranks
 from syncnorm.distributed.groups import LOCAL, Group, GroupSpec, group_spec, resolve
 from syncnorm.errors import SyncNormError
 from syncnorm.functional import sync_batch_norm
@@ -154,6 +154,10 @@ class SyncStatistics(_BatchNorm):
         module.__class__ = cls
         layer = cast(SyncStatistics, module)
         layer._set_up(spec or torch_group or GroupSpec(), backend or "auto", accumulate or 1, origin, torch_group)
+        for name in ("running_mean", "running_var"):
+            statistic = layer._buffers.get(name)
+            if statistic is not None and statistic.dtype in _HALVES:  # too coarse for a running average; see _apply
+                layer._buffers[name] = statistic.float()
         return layer
 
     def release(self) -> nn.Module:
@@ -171,8 +175,9 @@ class SyncStatistics(_BatchNorm):
                 self._buffers[name] = statistic.to(weight.dtype)
         self.__class__ = origin  # type: ignore[assignment]
         if torch_group is not None:
-            group = find_group(torch_group.name) if torch_group.kind == "named" else None
-            self.__dict__["process_group"] = group
+            # A group that is gone, as after the end of a run, is not one to go back to.
+            alive = torch_group.kind == "named" and group_ranks(torch_group.name) == torch_group.ranks
+            self.__dict__["process_group"] = find_group(torch_group.name) if alive else None
         return self
 
     @classmethod
