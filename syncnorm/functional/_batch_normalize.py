@@ -82,8 +82,8 @@ class _Normalize(Function):
         if x.numel():
             backend = choose(walk.backend, x)
             y = unflatten(backend.batch_normalize(flat, moments.mean, rstd, weight, bias), x.shape)
-            if not torch.compiler.is_compiling():
-                y = y.data  # the same memory, but no view: the ReLU(inplace=True) that often follows writes into it
+            # The same memory but no view, for the ReLU(inplace=True) that often follows; Inductor makes no copy of this one.
+            y = y.clone() if torch.compiler.is_compiling() else y.data
         else:
             y = _empty_after(rstd, x)
         if running is not None and not recomputing:
@@ -111,10 +111,10 @@ class _Normalize(Function):
         if count is None:
             count = ctx.count
         arguments = (grad, x, weight, mean, rstd, count, ctx.walk, ctx.needs_input_grad[0])
-        if torch.compiler.is_compiling():
-            dx, dweight, dbias = _Backward.forward(*arguments)[:3]
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            dx, dweight, dbias = _apply(_Backward, *arguments)[:3]  # create_graph=True
         else:
-            dx, dweight, dbias = _apply(_Backward, *arguments)[:3]
+            dx, dweight, dbias = _Backward.forward(*arguments)[:3]
         return (
             dx,
             dweight.to(weight.dtype) if ctx.needs_input_grad[1] else None,
