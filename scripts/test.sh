@@ -10,4 +10,4 @@ source scripts/setup.sh dev,examples,plot
 
 # One thread a process: the rank tests start several, and more threads than cores make them slower, not faster.
 export OMP_NUM_THREADS=1
-exec python -m pytest -n 2 --dist loadfile ${arguments[@]+"${arguments[@]}"}
+exec python -m pytest -n 2 --dist worksteal ${arguments[@]+"${arguments[@]}"}
