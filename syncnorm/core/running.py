@@ -48,7 +48,8 @@ def update_running(running: RunningStatistics, batch: Moments) -> None:
 
     Reference: Ioffe & Szegedy (2015), section 3.1; Hoffer et al. (2017) for averages over several micro-batches.
     """
-    due: Tensor | bool = batch.count > 0
+    # A single value is refused too, by an error that torch.compile may order after this update.
+    due: Tensor | bool = batch.count > 1
     if running.pending is not None:
         batch, due = _gather(running.pending, running.accumulate, batch)
     counter = running.num_batches_tracked
@@ -74,7 +75,7 @@ def _gather(pending: Tensor, accumulate: int, batch: Moments) -> tuple[Moments, 
     # The k-th micro-batch completes the sums; the one after it starts them again.
     started = pending[-1] % accumulate
     row = to_sums(batch)
-    sums = torch.where(started > 0, pending[:-1], 0.0) + row
-    counted = row[0] > 0
+    counted = row[0] > 1
+    sums = torch.where(started > 0, pending[:-1], 0.0) + torch.where(counted, row, 0.0)
     pending.copy_(torch.cat([sums, (started + counted).reshape(1)]))
     return from_sums(sums), counted & (pending[-1] == accumulate)
