@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 import syncnorm
+from syncnorm.kernels import BACKENDS
 
 
 class Net(nn.Module):
@@ -89,7 +90,7 @@ BAD: list[tuple[dict[str, Any], type[Exception], str]] = [
         TypeError,
         "affine must be True, False or None (as each layer has it), got 'yes'.",
     ),
-    ({"backend": "cuda"}, ValueError, "backend must be one of ['auto', 'aten', 'reference'], got 'cuda'."),
+    ({"backend": "cuda"}, ValueError, f"backend must be one of {['auto', *BACKENDS]}, got 'cuda'."),
     ({"accumulate": 0}, ValueError, "accumulate is a number of micro-batches, at least 1; got 0."),
     ({"process_group": "all"}, ValueError, 'process_group as a string must be "world" or "node", got \'all\'.'),
     (

@@ -186,3 +186,11 @@ def _refuse_wrapped(model: nn.Module, made: Plan) -> None:
             f"affine={made.options['affine']} would {what} {_named(changing)}, and DistributedDataParallel has taken "
             "note of the parameters there are. Convert before wrapping the model; nothing was changed."
         )
+    gone = {id(buffer) for entry in replaced for buffer in entry._layer.module.buffers()}
+    for place in walk(model):
+        if "DistributedDataParallel" in class_names(place.module) and gone >= {id(b) for b in place.module.buffers()}:
+            # DDP broadcasts the buffers that it finds before a forward pass, and fails if they have become none.
+            raise SyncNormError(
+                f"to={made.to!r} would leave no buffer in the model, and DistributedDataParallel has taken note that there "
+                "are some. Convert before wrapping the model; nothing was changed."
+            )

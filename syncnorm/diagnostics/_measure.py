@@ -99,7 +99,8 @@ def measure(job: Job) -> Measured:
     for name, output in outputs.items():
         if output.size(0) != job.splits[rank]:
             raise ValueError(f"output {name!r} is {list(output.shape)} for {job.splits[rank]} samples on rank {rank}.")
-    _loss(outputs, job.batch, shard).backward()
+    if outputs:
+        _loss(outputs, job.batch, shard).backward()
     batched = {name: t for name, t in leaves(given) if t.requires_grad}
     return Measured(
         outputs={name: output.detach() for name, output in outputs.items()},

@@ -1,0 +1,188 @@
+"""Tier: no process. The way back gives the exact original types, objects and bits, whatever happened in between."""
+
+import copy
+import pickle
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import syncnorm
+from syncnorm.modules import BatchNorm
+
+TARGETS: list[tuple[str, dict[str, Any]]] = [
+    ("sync_batch_norm", {"process_group": 2, "backend": "reference", "accumulate": 2}),
+    ("group_norm", {"num_groups": 2}),
+    ("layer_norm", {}),
+    ("instance_norm", {}),
+]
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.bn1, self.bn2, self.bn3 = nn.BatchNorm1d(4), nn.BatchNorm2d(4, affine=False), nn.BatchNorm3d(4).eval()
+        self.alias, self.inner = self.bn1, nn.Sequential(self.bn1, nn.BatchNorm2d(6, momentum=None))
+        with torch.no_grad():
+            for tensor in (*self.parameters(), *self.buffers()):
+                tensor.copy_(torch.rand(tensor.shape) + 1)
+
+
+@pytest.mark.parametrize(("to", "options"), TARGETS)
+def test_types_objects_bits_and_flags_come_back(to: str, options: dict[str, Any]) -> None:
+    model = Net()
+    objects = dict(model.named_modules(remove_duplicate=False))
+    types = {name: type(module) for name, module in objects.items()}
+    flags = {name: module.training for name, module in objects.items()}
+    attributes = {name: list(vars(module)) for name, module in objects.items()}
+    state = copy.deepcopy(model.state_dict())
+    tensors = {name: id(tensor) for name, tensor in (*model.named_parameters(), *model.named_buffers())}
+
+    syncnorm.convert(model, to, **options)
+    assert type(model.bn1) is not nn.BatchNorm1d
+    assert syncnorm.revert(model) is model
+
+    again = dict(model.named_modules(remove_duplicate=False))
+    assert list(again) == list(objects)
+    for name, module in again.items():
+        assert module is objects[name]
+        assert (type(module), module.training) == (types[name], flags[name])
+        assert sorted(vars(module)) == sorted(attributes[name]), name
+    assert list(model.state_dict()) == list(state)
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+    assert {name: id(t) for name, t in (*model.named_parameters(), *model.named_buffers())} == tensors
+
+
+@pytest.mark.parametrize(("to", "options"), TARGETS)
+def test_twice_is_once(to: str, options: dict[str, Any]) -> None:
+    model = syncnorm.convert(Net(), to, **options)
+    syncnorm.revert(model)
+    before = [(id(module), type(module)) for module in model.modules()]
+    syncnorm.revert(model)
+    assert [(id(module), type(module)) for module in model.modules()] == before
+
+
+@pytest.mark.parametrize(("to", "options"), TARGETS)
+@pytest.mark.parametrize("through", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+def test_copies_of_a_converted_model_go_back_too(to: str, options: dict[str, Any], through: Any) -> None:
+    model = syncnorm.convert(Net(), to, **options)
+    made = syncnorm.revert(through(model))
+    assert [type(layer) for layer in (made.bn1, made.bn2, made.bn3)] == [nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d]
+    assert made.bn1 is made.alias is made.inner[0]
+    assert made.bn1.weight is not model.bn1.weight
+    assert all(torch.equal(a, b) for a, b in zip(made.parameters(), model.parameters(), strict=True))
+    assert not syncnorm.modules.is_synced(made.bn1)
+
+
+@pytest.mark.parametrize(("to", "options"), TARGETS)
+def test_what_was_learned_and_switched_meanwhile_stays(to: str, options: dict[str, Any]) -> None:
+    model = syncnorm.convert(Net(), to, **options)
+    with torch.no_grad():
+        model.bn1.weight.fill_(7)
+    model.bn1.eval()
+    model.bn3.train()
+    model.double()
+    fired: list[str] = []
+    handle = model.bn1.register_forward_hook(lambda *_: fired.append("hook"))
+    syncnorm.revert(model)
+    assert model.bn1.weight.eq(7).all()
+    assert (model.bn1.training, model.bn3.training) == (False, True)
+    assert model.bn1.running_var.dtype == torch.float64
+    model.bn1(torch.randn(3, 4, dtype=torch.float64))
+    assert fired == ["hook"]
+    handle.remove()
+    model.bn1(torch.randn(3, 4, dtype=torch.float64))
+    assert fired == ["hook"]
+
+
+def test_running_statistics_of_training_stay() -> None:
+    model, plain = (nn.Sequential(nn.BatchNorm1d(4)) for _ in range(2))
+    syncnorm.convert(model)
+    x = torch.randn(8, 4) * 3 + 1
+    model(x), plain(x)
+    syncnorm.revert(model)
+    assert all(torch.equal(value, plain.state_dict()[name]) for name, value in model.state_dict().items())
+
+
+def test_half_precision_goes_back_to_what_torchs_layer_takes() -> None:
+    for to in ("sync_batch_norm", "layer_norm"):
+        model = syncnorm.convert(nn.Sequential(nn.BatchNorm1d(4)), to).to(torch.bfloat16)
+        layer = syncnorm.revert(model)[0]
+        assert layer.running_mean.dtype == torch.bfloat16
+        assert model(torch.randn(8, 4, dtype=torch.bfloat16)).dtype == torch.bfloat16
+
+
+def test_a_model_built_on_meta_gets_real_statistics() -> None:
+    model = nn.Sequential(nn.BatchNorm1d(4, device="meta"))
+    syncnorm.convert(model, "layer_norm")
+    model.to_empty(device="cpu")
+    layer = syncnorm.revert(model)[0]
+    assert layer.running_mean.eq(0).all()
+    assert layer.running_var.eq(1).all()
+    assert layer.weight.device.type == "cpu"
+
+
+def test_layers_of_ours_become_plain_batch_norm() -> None:
+    ours = [
+        syncnorm.SyncBatchNorm1d(3),
+        syncnorm.SyncBatchNorm2d(3),
+        syncnorm.SyncBatchNorm3d(3),
+        syncnorm.SyncBatchNorm(3),
+    ]
+    model = syncnorm.revert(nn.Sequential(*ours))
+    assert [type(layer) for layer in model] == [nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, BatchNorm]
+    assert type(syncnorm.revert(model, dim=2)[3]) is nn.BatchNorm2d
+
+
+def test_torchs_sync_batch_norm() -> None:
+    """Converted by us it comes back as it was, and stays; a foreign one becomes plain, with its tensors."""
+    layer = nn.SyncBatchNorm(3)
+    model = nn.Sequential(layer)
+    syncnorm.revert(syncnorm.convert(model))
+    assert type(layer) is nn.SyncBatchNorm
+    assert layer.process_group is None
+    assert type(syncnorm.revert(model)[0]) is nn.SyncBatchNorm
+    assert type(syncnorm.revert(model, dim=3)[0]) is nn.BatchNorm3d
+
+    foreign = nn.SyncBatchNorm(3).eval()
+    weight = foreign.weight
+    syncnorm.revert(nn.Sequential(foreign))
+    assert type(foreign) is BatchNorm
+    assert foreign.weight is weight
+    assert not foreign.training
+    assert "process_group" not in vars(foreign)
+    assert foreign(torch.randn(2, 3, 4)).shape == (2, 3, 4)
+
+
+def test_torchs_sync_batch_norm_that_was_replaced_comes_back() -> None:
+    layer = nn.SyncBatchNorm(4)
+    model = syncnorm.convert(nn.Sequential(layer), "group_norm", num_groups=2)
+    assert syncnorm.revert(syncnorm.revert(model))[0] is layer
+    assert type(layer) is nn.SyncBatchNorm
+
+
+def test_both_conversions_after_another_are_undone() -> None:
+    model = Net()
+    layer = model.bn1
+    syncnorm.convert(model)
+    syncnorm.convert(model, "group_norm", num_groups=2)
+    assert type(model.bn1) is nn.GroupNorm
+    syncnorm.revert(model)
+    assert model.bn1 is layer
+    assert type(layer) is nn.BatchNorm1d
+
+
+def test_a_model_that_is_one_layer() -> None:
+    layer = nn.BatchNorm2d(4)
+    assert syncnorm.revert(syncnorm.convert(layer)) is layer
+    norm = syncnorm.convert(layer, "layer_norm")
+    assert type(norm) is nn.GroupNorm
+    assert syncnorm.revert(norm) is layer
+    assert type(layer) is nn.BatchNorm2d
+
+
+@pytest.mark.parametrize("dim", [0, 4, "2d", True])
+def test_dim_must_be_a_number_of_dims(dim: Any) -> None:
+    with pytest.raises(ValueError, match="dim must be 1, 2, 3 or None, got "):
+        syncnorm.revert(nn.BatchNorm1d(2), dim=dim)
