@@ -26,6 +26,10 @@ __all__ = ["Surgery"]
 class Surgery:
     """What to convert, what was converted, and how to undo it.
 
+    Attributes:
+        default_group: Stands for the world where no ``process_group`` was asked for.
+        touched: Layers that are converted now.
+
     Args:
         to: Target of :func:`syncnorm.convert`.
         include: Globs on qualified names; empty for all.
@@ -43,6 +47,7 @@ class Surgery:
         self.include, self.exclude = _globs("include", include), _globs("exclude", exclude)
         self.options = {name: value for name, value in options.items() if value is not None}
         check_options(to, self.options)
+        self.default_group: object = None
         self.touched: list[nn.Module] = []
         self._undo: list[Callable[[], object]] = []
         self._converted: Counter[tuple[str, str]] = Counter()
@@ -59,7 +64,7 @@ class Surgery:
         selection = self._selection(model, last=False)
         if selection is None:
             return []
-        entries = plan(model, self.to, **selection, **self.options).entries
+        entries = plan(model, self.to, **selection, **self._given()).entries
         return [display(entry.name) for entry in entries if entry.action in ("swap", "replace")]
 
     def run(self, model: nn.Module, *, last: bool) -> None:
@@ -72,14 +77,14 @@ class Surgery:
         selection = self._selection(model, last=last)
         if selection is None:
             return
-        made = plan(model, self.to, **selection, strict=self.strict, **self.options)
+        made = plan(model, self.to, **selection, strict=self.strict, **self._given())
         self._already = sum(e.action == "keep" and self._selects(e._layer) for e in made.entries) - len(self.touched)
         skipped = {display(e.name) for e in made.entries if e.action == "skip"}
         changing = [e for e in made.entries if e.action in ("swap", "replace")]
         if changing or skipped - self._skipped:
             self._undo += [_undo(entry._layer.module) for entry in changing if entry.action == "swap"]
             with _warnings_on_rank_zero():
-                convert(model, self.to, **selection, **self.options)
+                convert(model, self.to, **selection, **self._given())
             self._converted.update((entry.source, entry.target.partition("(")[0]) for entry in changing)
             places = [place for entry in changing for place in entry._layer.places[:1]]
             self.touched += [cast(nn.Module, parent._modules[key]) for parent, key in places]
@@ -93,7 +98,7 @@ class Surgery:
 
     def forget(self) -> None:
         """Let the layers stay as they are, and hold them no longer."""
-        self.touched, self._undo, self._already = [], [], 0
+        self.touched, self._undo, self._already, self.default_group = [], [], 0, None
         self._converted, self._skipped = Counter(), set()
 
     def selected(self, model: nn.Module, modules: list[nn.Module]) -> list[str]:
@@ -119,7 +124,12 @@ class Surgery:
             ValueError: If the world cannot be cut into groups of the asked size.
         """
         world = dist.get_world_size() if dist.is_initialized() else 1
-        return resolve(group_spec(self.options.get("process_group"))).size, world
+        return resolve(group_spec(self._given().get("process_group"))).size, world
+
+    def _given(self) -> dict[str, Any]:
+        if self.default_group is None or not self.keeps_keys:
+            return self.options
+        return {"process_group": self.default_group, **self.options}
 
     def _ranks(self) -> str:
         if not self.keeps_keys:

@@ -41,7 +41,8 @@ class SyncNorm(Callback):
         include: Globs on qualified names (``"backbone.*"``); only these are converted. Empty for all.
         exclude: Globs on qualified names; these are left. Stronger than ``include``.
         process_group: Ranks that share statistics: ``"world"``, ``"node"`` (those of one machine) or a number of ranks.
-            None for the world, and for a layer that has a group of its own, that one.
+            None for all ranks that see different samples (under ModelParallel one rank of each tensor-parallel group),
+            and for a layer that has a group of its own, that one.
         revert: Give the original classes back when the fit ends. Concerns ``"sync_batch_norm"`` only.
         strict: Make a batch norm that cannot be converted an error instead of a warning.
         backend: Kernel backend by name, or ``"auto"``. Concerns ``"sync_batch_norm"`` only.
@@ -96,6 +97,7 @@ class SyncNorm(Callback):
         if stage == "fit":
             refuse_workers(self._surgery, trainer, pl_module)
         refuse_copied(self._surgery, trainer, pl_module)
+        self._surgery.default_group = _data_parallel_group(trainer)
         self._surgery.run(pl_module, last=False)
         if stage != "fit" and self._surgery.touched:
             rank_zero_info(f"SyncNorm: {self._surgery.summary()}")
@@ -106,16 +108,15 @@ class SyncNorm(Callback):
         refuse_copied(self._surgery, trainer, pl_module)
         self._surgery.run(pl_module, last=True)
         if self._surgery.found_nothing():
-            self._warn_once(
-                "found no batch norm to convert, so it has no effect; see print(syncnorm.inspect(model))."
-            )
+            self._warn_once("found no batch norm to convert, so it has no effect; see print(syncnorm.inspect(model)).")
             return
         rank_zero_info(f"SyncNorm: {self._surgery.summary()}")
         size, world = self._surgery.group_sizes()
-        if size == 1 < world:
+        asked = self._surgery.options.get("process_group")
+        if size == 1 < world and asked is not None:
             self._warn_once(
-                f"has no effect: process_group={self._surgery.options['process_group']!r} gives each of the {world} "
-                "ranks a group of its own. Use process_group='world'."
+                f"has no effect: process_group={asked!r} gives each of the {world} ranks a group of its own. Use "
+                "process_group='world'."
             )
 
     def teardown(self, trainer: "Trainer", pl_module: "LightningModule", stage: str) -> None:
@@ -168,6 +169,14 @@ class SyncNorm(Callback):
         if not self._warned:
             self._warned = True
             rank_zero_warn(f"SyncNorm {text}")
+
+
+def _data_parallel_group(trainer: "Trainer") -> object:
+    """The ranks with different samples, where tensor-parallel ranks have the same: those would count them twice."""
+    mesh = getattr(trainer.strategy, "_device_mesh", None)
+    if mesh is None or "tensor_parallel" not in (mesh.mesh_dim_names or ()) or mesh["tensor_parallel"].size() == 1:
+        return None
+    return mesh["data_parallel"]
 
 
 def _architecture(spec: dict[str, Any]) -> str:
