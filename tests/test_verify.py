@@ -2,6 +2,10 @@
 
 import dataclasses
 import math
+import os
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -212,6 +216,22 @@ def test_what_cannot_be_sent() -> None:
 
     with pytest.raises(ValueError, match=r"make_model cannot be sent to another process: .* at the top of a module"):
         syncnorm.verify(Local, torch.randn(4, 3))
+
+
+@pytest.mark.slow
+def test_a_script_that_starts_itself_again(tmp_path: Path) -> None:
+    script = tmp_path / "unguarded.py"
+    script.write_text(
+        "import torch, syncnorm\n"
+        "def make(): return torch.nn.Sequential(torch.nn.BatchNorm1d(3))\n"
+        "syncnorm.verify(make, torch.randn(4, 3))\n"
+    )
+    root = str(Path(syncnorm.__file__).parent.parent)
+    done = subprocess.run(
+        [sys.executable, script], capture_output=True, text=True, env={**os.environ, "PYTHONPATH": root}
+    )
+    assert done.returncode == 1
+    assert 'A script must call verify below `if __name__ == "__main__":`' in done.stderr
 
 
 # The comparison itself, without ranks

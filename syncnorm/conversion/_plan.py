@@ -115,11 +115,10 @@ def plan(
         SyncNormError: If a wrapper around the model forbids the change, or with ``strict`` a layer would be skipped.
 
     Example:
-        >>> print(syncnorm.plan(torch.nn.Sequential(torch.nn.BatchNorm1d(6)), to="group_norm"))
+        >>> print(syncnorm.plan(torch.nn.Sequential(torch.nn.BatchNorm1d(64)), to="group_norm"))
         to group_norm: 1 replace
-        layer  class        action   becomes          reason
-        0      BatchNorm1d  replace  GroupNorm(2, 6)  32 does not divide 6, 2 = gcd(32, 6) does; weight and bias
-        carried over
+        layer  class        action   becomes            reason
+        0      BatchNorm1d  replace  GroupNorm(32, 64)  weight and bias carried over
     """
     given = {**options} if process_group is None else {"process_group": process_group, **options}
     if not isinstance(model, nn.Module):

@@ -192,6 +192,11 @@ def _run(ranks: int, job: Job, timeout: float) -> list[Any]:
                 "the model cannot be found in another process: define make_model, and the model's class, at the top of "
                 f"a module that can be imported.\n{text}"
             ) from error
+        if "exit code 1)" in text:  # it died before it could say why, while it read the script that started it
+            raise ValueError(
+                "the processes of verify could not start; what stopped them is printed above. A script must call verify "
+                'below `if __name__ == "__main__":`, and it must be a file, not piped into Python.'
+            ) from error
         raise
 
 

@@ -1,0 +1,47 @@
+"""Tier: no process. Export, fusion and quantisation see a batch norm: in evaluation at once, and in every way after revert."""
+
+import copy
+import warnings
+
+import torch
+from torch import nn
+from torch.ao.quantization import fuse_modules
+from torch.fx.experimental.optimization import fuse
+from torch.nn.utils.fusion import fuse_conv_bn_eval
+
+import syncnorm
+
+
+def trained() -> nn.Sequential:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU())
+    model(torch.randn(4, 3, 6, 6) * 2 + 1)
+    return model.eval()
+
+
+X = torch.randn(2, 3, 6, 6)
+
+
+def test_the_exported_evaluation_graph_is_batch_norms() -> None:
+    plain = trained()
+    graphs = [torch.export.export(model, (X,)).graph for model in (plain, syncnorm.convert(copy.deepcopy(plain)))]
+    targets = [[(node.op, str(node.target)) for node in graph.nodes] for graph in graphs]
+    assert targets[0] == targets[1]
+    assert any("batch_norm" in target for _, target in targets[0])
+
+
+def test_conv_and_converted_norm_fuse() -> None:
+    model = syncnorm.convert(trained())
+    torch.testing.assert_close(fuse_conv_bn_eval(model[0], model[1])(X), nn.Sequential(*model[:2])(X))
+
+
+def test_after_revert_the_tools_find_what_they_know() -> None:
+    model = syncnorm.revert(syncnorm.convert(trained()))
+    exact = model(X)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # eager quantisation is deprecated
+        merged = fuse_modules(copy.deepcopy(model), [["0", "1", "2"]])
+    by_fx = fuse(model)
+    for fused in (merged, by_fx):
+        assert not any(isinstance(module, nn.BatchNorm2d) for module in fused.modules())
+        torch.testing.assert_close(fused(X), exact)
