@@ -8,12 +8,11 @@ asked for by name runs or raises with its objection.
 from types import ModuleType
 from typing import Protocol, cast
 
-import torch
 from torch import Tensor
 
 from syncnorm.core.moments import Moments
 from syncnorm.errors import SyncNormError
-from syncnorm.kernels import aten, reference
+from syncnorm.kernels import aten, native, reference
 
 __all__ = ["BACKENDS", "Backend", "choose", "objections"]
 
@@ -46,7 +45,11 @@ def _backend(module: ModuleType) -> Backend:
 
 
 # In the order in which "auto" asks.
-BACKENDS: dict[str, Backend] = {"aten": _backend(aten), "reference": _backend(reference)}
+BACKENDS: dict[str, Backend] = {
+    "native": _backend(native),
+    "aten": _backend(aten),
+    "reference": _backend(reference),
+}
 
 
 def choose(name: str, x: Tensor) -> Backend:
@@ -57,8 +60,6 @@ def choose(name: str, x: Tensor) -> Backend:
         SyncNormError: If a backend asked for by name objects.
     """
     if name == "auto":
-        if torch.compiler.is_compiling():
-            return BACKENDS["reference"]
         return next(backend for backend in BACKENDS.values() if backend.objection(x) is None)
     if name not in BACKENDS:
         raise ValueError(f"backend must be one of {['auto', *BACKENDS]}, got {name!r}.")

@@ -1,0 +1,94 @@
+"""Builds the native operators, once per torch version, processor and source, into a cache folder of the user.
+
+Never at import: ``python -m syncnorm build`` or :func:`build` does it. One call of the C++ compiler, no build tool.
+"""
+
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+
+from syncnorm.errors import SyncNormError
+
+__all__ = ["build", "compiler", "library_path"]
+
+_SOURCE = Path(__file__).with_name("batch.cpp")
+_FLAGS = ["-O3", "-std=c++20", "-fPIC", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast"]
+
+
+def compiler() -> str | None:
+    """The C++ compiler that :func:`build` would call: ``$CXX``, or the first of c++, g++, clang++ on the path."""
+    names = [os.environ["CXX"]] if os.environ.get("CXX") else ["c++", "g++", "clang++"]
+    return next((path for name in names if (path := shutil.which(name))), None)
+
+
+def library_path() -> Path:
+    """Where the operators for this torch, this processor and this source lie once built.
+
+    Below ``$SYNCNORM_CACHE``, else ``$XDG_CACHE_HOME/syncnorm``, else ``~/.cache/syncnorm``.
+    """
+    base = (
+        os.environ.get("SYNCNORM_CACHE") or Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "syncnorm"
+    )
+    key = hashlib.sha256("\n".join([_SOURCE.read_text(), *_FLAGS, _processor()]).encode()).hexdigest()[:12]
+    capability = torch.backends.cpu.get_cpu_capability().lower().replace(" ", "-")
+    return Path(base) / f"torch-{torch.__version__}-{platform.machine()}-{capability}-{key}" / "syncnorm_native.so"
+
+
+def build(*, force: bool = False, verbose: bool = False) -> Path:
+    """Compile the operators if they are not there yet.
+
+    Args:
+        force: Compile even if they are.
+        verbose: Print the command.
+
+    Returns:
+        The shared library.
+
+    Raises:
+        SyncNormError: If there is no compiler, or it fails; with its last lines.
+    """
+    target = library_path()
+    if target.exists() and not force:
+        return target
+    cxx = compiler()
+    if cxx is None:
+        raise SyncNormError("the native backend needs a C++ compiler and none was found. Install g++ or set CXX.")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    root = Path(torch.__file__).parent
+    includes = [f"-I{root / 'include'}", f"-I{root / 'include/torch/csrc/api/include'}"]
+    abi = f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}"
+    with tempfile.TemporaryDirectory(dir=target.parent) as folder:
+        unit, library = Path(folder) / "batch.o", Path(folder) / target.name
+        arch = "-mcpu=native" if platform.machine() in ("aarch64", "arm64") else "-march=native"
+        wide = ["-mprefer-vector-width=512"] if platform.machine() in ("x86_64", "AMD64") and "clang" not in cxx else []
+        _run([cxx, *_FLAGS, arch, *wide, abi, *includes, "-c", str(_SOURCE), "-o", str(unit)], verbose)
+        # Linked without -fopenmp: the symbols are those of the OpenMP that torch has loaded, so that there is one pool.
+        libraries = [f"-L{root / 'lib'}", "-lc10", "-ltorch_cpu", f"-Wl,-rpath,{root / 'lib'}"]
+        _run([cxx, "-shared", str(unit), "-o", str(library), *libraries], verbose)
+        os.replace(library, target)  # atomic: ranks may build at the same time
+    return target
+
+
+def _run(command: list[str], verbose: bool) -> None:
+    if verbose:
+        print(" ".join(command), file=sys.stderr, flush=True)
+    outcome = subprocess.run(command, capture_output=True, text=True, check=False)
+    if outcome.returncode:
+        lines = "\n".join((outcome.stderr or outcome.stdout).strip().splitlines()[-12:])
+        raise SyncNormError(f"building the native backend failed (exit code {outcome.returncode}):\n{lines}")
+
+
+def _processor() -> str:
+    """What -march=native depends on."""
+    cpuinfo = Path("/proc/cpuinfo")
+    if not cpuinfo.exists():
+        return platform.processor()
+    keys = ("flags", "Features", "model name")
+    return "\n".join(line for line in cpuinfo.read_text().split("\n\n")[0].splitlines() if line.startswith(keys))
