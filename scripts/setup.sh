@@ -84,6 +84,9 @@ _syncnorm_setup() { # extras
     _syncnorm_timed "syncnorm with [$wanted]" \
         "$venv/bin/python" -m pip install --disable-pip-version-check -c "$root/constraints.txt" -e "$root[$wanted]" || return 1
     "$venv/bin/python" -c 'import torch; print(f"[setup] torch {torch.__version__}, {torch.cuda.device_count()} GPUs")' || return 1
+    # Optional: without a compiler, torch's own operators serve, and syncnorm.explain says so.
+    _syncnorm_timed "native operators" "$venv/bin/python" -m syncnorm build ||
+        _syncnorm_say "native operators: not built; torch's own operators will serve"
     printf '%s\n%s\n' "$fingerprint" "$wanted" >"$stamp"
 }
 

@@ -18,7 +18,7 @@ _COMMANDS = {
     "predict": "run a model over the prediction data",
 }
 _EPILOG = """\
-All four are Lightning's CLI (https://lightning.ai/docs/pytorch/stable/cli/lightning_cli.html). --model and --data
+The first four are Lightning's CLI (https://lightning.ai/docs/pytorch/stable/cli/lightning_cli.html). --model and --data
 take any LightningModule and LightningDataModule by class path; without them it is scikit-learn's handwritten digits
 and an MLP.
 
@@ -36,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             the other processes are started with ``sys.argv``.
 
     Returns:
-        The exit status. Wrong usage ends in ``SystemExit(2)``.
+        The exit status: 0, or 1 if a build failed. Wrong usage ends in ``SystemExit(2)``.
     """
     arguments = sys.argv[1:] if argv is None else list(argv)
     if arguments and arguments[0] in _COMMANDS:
@@ -51,8 +51,24 @@ def main(argv: Sequence[str] | None = None) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"syncnorm {__version__}")
-    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", dest="command", required=True)
     for name, what in _COMMANDS.items():
         commands.add_parser(name, help=what)
-    parser.parse_args(arguments)  # answers --help and --version; all else that comes here is wrong, and it says so
-    return 2
+    build = commands.add_parser("build", help="compile the native CPU operators, once per torch version and processor")
+    build.add_argument("--force", action="store_true", help="compile even if they are built already")
+    build.add_argument("--verbose", action="store_true", help="show the compiler's command line")
+    chosen = parser.parse_args(arguments)
+    return _build(force=chosen.force, verbose=chosen.verbose) if chosen.command == "build" else 2
+
+
+def _build(*, force: bool, verbose: bool) -> int:
+    from syncnorm.errors import SyncNormError
+    from syncnorm.kernels import native
+
+    try:
+        print("building the native operators (half a minute the first time) ...", file=sys.stderr, flush=True)
+        print(native.build(force=force, verbose=verbose))
+    except SyncNormError as error:
+        print(f"syncnorm build: {error}", file=sys.stderr)
+        return 1
+    return 0
