@@ -1,0 +1,91 @@
+"""Tier: gloo ranks. syncnorm.convert in a loop of Lightning Fabric, before and after fabric.setup."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.fabric import Fabric
+from torch import nn
+from torch.utils.data import DataLoader, DistributedSampler
+
+import syncnorm
+from syncnorm.testing import run_ranks
+from tests.lightning_training import GLOBAL_BATCH, LR, MOMENTUM, TOLERANCE, by_hand, dataset, distance, kinds, network
+
+pytestmark = pytest.mark.gloo
+
+EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
+
+
+def train(when: str, precision: str = "64-true") -> dict[str, Any]:
+    fabric = Fabric(accelerator="cpu", devices=2, strategy="ddp", precision=precision)
+    fabric.launch()
+    net = network(torch.float64 if precision == "64-true" else torch.float32)
+    torch.set_default_dtype(torch.float64)  # to which Fabric brings a model's output; these ranks do nothing else
+    optimizer = torch.optim.SGD(net.parameters(), LR, MOMENTUM)
+    if when == "before":
+        syncnorm.convert(net)
+    model, optimizer = fabric.setup(net, optimizer)
+    if when == "after":
+        assert syncnorm.convert(model) is model
+    during = kinds(model)
+    sampler = DistributedSampler(dataset(), fabric.world_size, fabric.global_rank, shuffle=False)
+    for x, y in fabric.setup_dataloaders(
+        DataLoader(sampler.dataset, batch_size=GLOBAL_BATCH // fabric.world_size, sampler=sampler),
+        use_distributed_sampler=False,
+    ):
+        optimizer.zero_grad()
+        fabric.backward(nn.functional.cross_entropy(model(x), y))
+        optimizer.step()
+    state = {f"net.{name}": value.detach().clone() for name, value in net.state_dict().items()}
+    dtypes = {layer.running_var.dtype for layer in net.modules() if hasattr(layer, "running_var")}
+    syncnorm.revert(model)
+    torch.set_default_dtype(torch.float32)
+    return {"state": state, "during": during, "after": kinds(net), "dtypes": dtypes}
+
+
+def train_all() -> dict[str, Any]:
+    runs = {when: train(when) for when in ("before", "after", "never")}
+    return runs | {"bf16": train("before", "bf16-true"), "bf16, after": train("after", "bf16-true")}
+
+
+@pytest.fixture(scope="module")
+def runs() -> list[dict[str, Any]]:
+    return run_ranks(train_all, 2, timeout=90)
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_two_ranks_equal_one_process(runs: list[dict[str, Any]], when: str) -> None:
+    for outcome in runs:
+        assert outcome[when]["during"] == ["SyncBatchNorm2d", "SyncBatchNorm1d"]
+        assert outcome[when]["after"] == ["BatchNorm2d", "BatchNorm1d"]
+        assert distance(outcome[when]["state"], by_hand()) < TOLERANCE
+
+
+def test_without_it_the_same_comparison_fails(runs: list[dict[str, Any]]) -> None:
+    assert distance(runs[0]["never"]["state"], by_hand()) > 1e-3
+
+
+@pytest.mark.parametrize("name", ["bf16", "bf16, after"])
+def test_statistics_stay_float32_under_bf16(runs: list[dict[str, Any]], name: str) -> None:
+    one, other = (outcome[name] for outcome in runs)
+    assert one["state"]["net.0.weight"].dtype == torch.bfloat16
+    assert one["dtypes"] == {torch.float32}
+    assert distance(one["state"], other["state"]) == 0
+
+
+@pytest.mark.parametrize("name", ["lightning_fit.py", "fabric_fit.py"])
+def test_examples_run(name: str) -> None:
+    pytest.importorskip("sklearn", reason="the digits come with scikit-learn")
+    command = [sys.executable, str(EXAMPLES / name), "--epochs", "1", "--steps", "5"]
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=100, check=False, env={**os.environ, "OMP_NUM_THREADS": "1"}
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "test error" in done.stdout
+    assert "BatchNorm1d(128, eps=1e-05" in done.stdout
+    assert "SyncBatchNorm1d(128" not in done.stdout
