@@ -246,7 +246,9 @@ def _exchanges() -> dict[str, list[int]]:
 
         return compiler
 
-    backend = aot_autograd(fw_compiler=recording("forward"), bw_compiler=recording("backward"))
+    backend = aot_autograd(
+        fw_compiler=recording("forward"), bw_compiler=recording("backward"), keep_inference_input_mutations=True
+    )
     layer = _compiled(syncnorm.SyncBatchNorm1d(3, momentum=None), backend)
     num_samples = 4 if dist.get_rank() == 0 else 0  # a shard without samples must not lose its exchange to dead code
     layer(torch.randn(num_samples, 3, 5, requires_grad=True)).square().sum().backward()

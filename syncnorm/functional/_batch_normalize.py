@@ -19,7 +19,7 @@ from syncnorm.core.moments import Moments, at_least_one, empty_moments
 from syncnorm.core.running import RunningStatistics, update_running
 from syncnorm.distributed.exchange import exchange_moments, exchange_sums
 from syncnorm.distributed.groups import Group
-from syncnorm.functional._checkpoint import is_recomputing, recall, remember
+from syncnorm.functional._checkpoint import is_recomputing, recall, remember, unseen_by_selective_checkpointing
 from syncnorm.kernels import choose
 
 __all__ = ["Walk", "batch_normalize"]
@@ -70,15 +70,16 @@ class _Normalize(Function):
         x: Tensor, weight: Tensor | None, bias: Tensor | None, walk: Walk, running: RunningStatistics | None
     ) -> tuple[Any, ...]:
         recomputing = is_recomputing()
-        moments = recall(walk.site) if recomputing else None
         flat = flatten(x) if x.numel() else x
-        if moments is None:
-            local = choose(walk.backend, x).batch_moments(flat) if x.numel() else empty_moments(x.size(1), x.device)
-            moments = exchange_moments(local, walk.group, needs_backward=walk.needs_backward)
-            _check_more_than_one(moments.count, x)
-            if not recomputing and not torch.compiler.is_compiling():
-                remember(walk.site, moments)
-        rstd = moments.var.add_(walk.eps).rsqrt_()
+        with unseen_by_selective_checkpointing():
+            moments = recall(walk.site) if recomputing else None
+            if moments is None:
+                local = choose(walk.backend, x).batch_moments(flat) if x.numel() else empty_moments(x.size(1), x.device)
+                moments = exchange_moments(local, walk.group, needs_backward=walk.needs_backward)
+                _check_more_than_one(moments.count, x)
+                if not recomputing and not torch.compiler.is_compiling():
+                    remember(walk.site, moments)
+            rstd = moments.var.add_(walk.eps).rsqrt_()
         if x.numel():
             backend = choose(walk.backend, x)
             y = unflatten(backend.batch_normalize(flat, moments.mean, rstd, weight, bias), x.shape)
@@ -87,7 +88,8 @@ class _Normalize(Function):
         else:
             y = _empty_after(rstd, x)
         if running is not None and not recomputing:
-            update_running(running, moments)
+            with unseen_by_selective_checkpointing():
+                update_running(running, moments)
         count = moments.count
         if torch.compiler.is_compiling() and not isinstance(count, Tensor):
             count = rstd.new_full((), count)  # Dynamo asks every output for a gradient that is a tensor

@@ -7,41 +7,59 @@ is not recognised, the statistics are still updated once and the exchange is sim
 The private hooks of torch that this needs live in this file alone; ``tests/test_checkpoint.py`` fails if they go.
 """
 
-import inspect
 import sys
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
-from torch.utils.checkpoint import CheckpointFunction
+from torch.autograd.graph import _engine_run_backward
+from torch.utils import checkpoint
+from torch.utils._python_dispatch import _get_current_dispatch_mode, _pop_mode_temporarily
 
 from syncnorm.core.moments import Moments
 
-__all__ = ["is_recomputing", "recall", "remember"]
+__all__ = ["is_recomputing", "recall", "remember", "unseen_by_selective_checkpointing"]
 
 _MOMENTS = "_syncnorm_moments"
+_REENTRANT = (checkpoint.CheckpointFunction.forward.__code__, checkpoint.CheckpointFunction.backward.__code__)
+_SELECTIVE = (checkpoint._CachingTorchDispatchMode, checkpoint._CachedTorchDispatchMode)
 
 
 def is_recomputing() -> bool:
-    """Whether this call runs inside the backward pass, as the recompute of a checkpointed forward does."""
-    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+    """Whether this call runs inside a backward pass, as the recompute of a checkpointed forward does.
+
+    A recompute may also come without a backward: whoever looks at a saved tensor of the graph sets it off.
+    """
+    if torch.compiler.is_compiling():
+        return False
+    return torch._C._current_graph_task_id() != -1 or "target_frame_ref" in _hook()
 
 
 def remember(site: object, moments: Moments) -> None:
     """Keep the global moments of this forward call with the checkpointed region it runs in, if it runs in one."""
-    region = _region()
+    if torch._C._autograd._top_saved_tensors_default_hooks(True) is not None:
+        region = _hook().get("frame")
+    elif torch.is_grad_enabled():
+        return  # a reentrant region runs its forward without grad
+    else:
+        region = _reentrant_region()
     if region is not None:
         region.__dict__.setdefault(_MOMENTS, {}).setdefault(id(site), []).append(moments)
 
 
 def recall(site: object) -> Moments | None:
     """The global moments of the forward call that this call recomputes; None where that is not certain."""
-    region = _region()
-    if region is None:
-        return None
-    kept = region.__dict__.get(_MOMENTS, {})
+    if torch._C._autograd._top_saved_tensors_default_hooks(True) is not None:
+        held = _hook()
+        if "target_frame_ref" not in held or not _called_by_checkpoint():
+            return None
+        region, run = held["target_frame_ref"](), held["gid"]
+    else:
+        region, run = _reentrant_region(), torch._C._current_graph_task_id()
+    kept = {} if region is None else region.__dict__.get(_MOMENTS, {})
     calls = kept.get(id(site), [])
     # Calls of one layer within one region are recomputed in their order, once per backward pass.
-    turn = ("turn", torch._C._current_graph_task_id(), id(site))
+    turn = ("turn", run, id(site))
     index = kept.get(turn, 0)
     if index >= len(calls):
         return None
@@ -50,20 +68,44 @@ def recall(site: object) -> Moments | None:
     return moments
 
 
-def _region() -> Any:
-    """The innermost checkpointed region around the caller, the same object in its forward and in its recompute."""
+def unseen_by_selective_checkpointing() -> AbstractContextManager[None]:
+    """Within, selective checkpointing sees no operation.
+
+    It pairs the n-th call of an operation in the forward with the n-th in the recompute, which makes fewer of ours.
+    """
+    if torch.compiler.is_compiling():
+        return nullcontext()
+    if torch._C._len_torch_dispatch_stack() and isinstance(_get_current_dispatch_mode(), _SELECTIVE):
+        return _pop_mode_temporarily()  # type: ignore[no-any-return, unused-ignore]
+    return nullcontext()
+
+
+def _hook() -> dict[str, Any]:
+    """What the innermost saved-tensors hook closes over, if it is a checkpoint's; empty otherwise."""
     hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
-    if hooks is not None:
-        pack = getattr(hooks[0], "_torchdynamo_orig_callable", hooks[0])
-        if getattr(pack, "__module__", None) != "torch.utils.checkpoint":
-            return None
-        held = inspect.getclosurevars(pack).nonlocals
-        return held["frame"] if "frame" in held else held["target_frame_ref"]()
-    if torch.is_grad_enabled() and torch._C._current_graph_task_id() == -1:
-        return None  # neither the forward of a reentrant region (no grad) nor its recompute (inside backward)
+    if hooks is None:
+        return {}
+    pack = getattr(hooks[0], "_torchdynamo_orig_callable", hooks[0])
+    if getattr(pack, "__module__", None) != checkpoint.__name__:
+        return {}
+    return {name: cell.cell_contents for name, cell in zip(pack.__code__.co_freevars, pack.__closure__ or (), strict=True)}
+
+
+def _called_by_checkpoint() -> bool:
+    # A backward of its own within the region (a gradient penalty) may call the layer, too: that is no recompute.
     frame = sys._getframe()
-    while frame is not None:
-        if frame.f_code in (CheckpointFunction.forward.__code__, CheckpointFunction.backward.__code__):
+    while frame is not None and frame.f_code is not _engine_run_backward.__code__:
+        if frame.f_code.co_filename == checkpoint.__file__:
+            return True
+        frame = frame.f_back  # type: ignore[assignment]
+    return False
+
+
+def _reentrant_region() -> Any:
+    """The context of the innermost reentrant region that runs, the same in its forward and in its recompute."""
+    frame = sys._getframe()
+    while frame is not None and frame.f_code is not _engine_run_backward.__code__:
+        if frame.f_code in _REENTRANT:
             return frame.f_locals["ctx"]
-        frame = frame.f_back
+        frame = frame.f_back  # type: ignore[assignment]
     return None

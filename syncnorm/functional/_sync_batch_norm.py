@@ -11,7 +11,7 @@ from syncnorm.core.running import RunningStatistics
 from syncnorm.distributed.exchange import send_poison
 from syncnorm.distributed.groups import Group, group_spec, resolve
 from syncnorm.functional._batch_normalize import Walk, batch_normalize
-from syncnorm.functional._checkpoint import is_recomputing
+from syncnorm.functional._checkpoint import is_recomputing, unseen_by_selective_checkpointing
 
 __all__ = ["sync_batch_norm"]
 
@@ -147,11 +147,15 @@ def _torch_batch_norm(
             "use a larger batch or map, or a norm that does not use the batch (syncnorm.convert(model, to='group_norm'))."
         )
     if is_recomputing():
-        return functional.batch_norm(input, None, None, weight, bias, True, 0.0, eps)
+        # Copies: torch saves the statistics it was given, and a checkpoint counts what a recompute saves.
+        with unseen_by_selective_checkpointing():
+            mean, var = (None if t is None else t.clone() for t in (running.mean, running.var))
+        return functional.batch_norm(input, mean, var, weight, bias, True, 0.0, eps)
     counter, momentum = running.num_batches_tracked, running.momentum
     if momentum is None:
         momentum = 0.0 if counter is None or running.mean is None else 1.0 / max(int(counter) + 1, 1)
     y = functional.batch_norm(input, running.mean, running.var, weight, bias, True, momentum, eps)
     if counter is not None and input.numel():
-        counter.add_(1)
+        with unseen_by_selective_checkpointing():
+            counter.add_(1)
     return y
