@@ -153,8 +153,14 @@ def test_new_settings_reach_layers_that_are_synchronised_already() -> None:
     model = syncnorm.convert(small_net(), backend="reference", process_group=2)
     syncnorm.convert(model, process_group="node")
     assert (model[1].backend, model[1].process_group) == ("reference", "node")
-    syncnorm.convert(model, backend="auto", process_group="world")
-    assert (model[1].backend, model[1].process_group) == ("auto", "world")
+    syncnorm.convert(model, backend="auto", process_group="world", accumulate=3)
+    assert (model[1].backend, model[1].process_group, model[1].accumulate) == ("auto", "world", 3)
+    before = model[1].running_mean.clone()
+    moved = []
+    for _ in range(3):
+        model(torch.randn(4, 3, 5, 5))
+        moved.append(not torch.equal(model[1].running_mean, before))
+    assert moved == [False, False, True]
 
 
 @pytest.mark.filterwarnings("error")
@@ -272,6 +278,7 @@ def test_layers_inside_a_metric_are_left() -> None:
     }
     model["score"].net[0] = model["net"]  # the model's own layer, which the metric sees too
     assert skipped(model) == {}
+    assert skipped(nn.ModuleDict({"score": model["score"], "net": model["net"]})) == {}
 
 
 def test_a_forward_put_on_the_object_is_not_ignored() -> None:

@@ -73,21 +73,14 @@ def convert(
     like = {id(entry._layer.module): like_tensor(entry._layer, model) for entry in made.entries}
     for entry in made.entries:
         if entry.action == "swap":
-            _swap(entry._layer.module, made.options)
+            module = entry._layer.module
+            own = type(module) if isinstance(module, SyncStatistics) else target_of(type(module))
+            cast(type[SyncStatistics], own).adopt(module, **made.options)
         elif entry.action == "replace":
             new = build_replacement(entry._layer.module, to, made.options, like[id(entry._layer.module)])
             put(entry._layer.places, new)
             root = new if entry._layer.module is model else root
     return root
-
-
-def _swap(module: nn.Module, options: dict[str, Any]) -> None:
-    if isinstance(module, SyncStatistics):  # new settings; those not given stay
-        options = {"backend": module.backend, "accumulate": module.accumulate, **options}
-        type(module).adopt(module, **options)
-        return
-    target = cast(type[SyncStatistics], target_of(type(module)))
-    target.adopt(module, **options)
 
 
 def _warn(made: Plan) -> None:
