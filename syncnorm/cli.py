@@ -19,8 +19,8 @@ _COMMANDS = {
 }
 _EPILOG = """\
 The first four are Lightning's CLI (https://lightning.ai/docs/pytorch/stable/cli/lightning_cli.html). --model and --data
-take any LightningModule and LightningDataModule by class path; without them it is scikit-learn's handwritten digits
-and an MLP.
+take any LightningModule and LightningDataModule by class path; without them it is an MLP and scikit-learn's handwritten
+digits. Say --data null for a model with loaders of its own.
 
   python -m syncnorm fit -c configs/demo.yaml -c configs/trainer/ddp_cpu.yaml -c configs/norm/sync.yaml
   python -m syncnorm fit --model my.Model --data my.Data --trainer.callbacks+=SyncNorm --trainer.devices 2

@@ -134,7 +134,7 @@ class Probe(pl.Callback, pl_old.Callback):
 
 
 def norms(module: nn.Module) -> list[nn.Module]:
-    return [layer for layer in module.modules() if isinstance(layer, _BatchNorm | nn.GroupNorm)]
+    return [layer for layer in module.modules() if isinstance(layer, _BatchNorm | nn.GroupNorm | nn.InstanceNorm2d)]
 
 
 def kinds(module: nn.Module) -> list[str]:

@@ -3,7 +3,7 @@
 from importlib import import_module
 from typing import TYPE_CHECKING
 
-from syncnorm.lightning._flavours import LightningDataModule, LightningModule, flavour
+from syncnorm.lightning._flavours import flavour
 
 if TYPE_CHECKING:
     from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
@@ -15,11 +15,7 @@ __all__ = ["run"]
 
 def run(arguments: list[str] | None) -> None:
     """Run ``fit``, ``validate``, ``test`` or ``predict``; arguments from ``sys.argv`` where None."""
-    _DigitsCLI(
-        LightningModule,
-        LightningDataModule,
-        subclass_mode_model=True,
-        subclass_mode_data=True,
+    _DigitsCLI(  # any model and any data, or none, by class path
         parser_kwargs={"prog": "syncnorm"},
         save_config_kwargs={"overwrite": True},  # a run without a logger has no folder of its own to keep it in
         args=arguments,

@@ -54,10 +54,13 @@ class DigitsDataModule(LightningDataModule):
 
     def train_dataloader(self) -> DataLoader[tuple[Tensor, ...]]:
         # drop_last: a last batch of one digit has no variance without the other ranks.
-        return DataLoader(self._train, self.batch_size, shuffle=True, drop_last=True, num_workers=self.num_workers)
+        return DataLoader(
+            self._train, batch_size=self.batch_size, shuffle=True, drop_last=True, num_workers=self.num_workers
+        )
 
     def val_dataloader(self) -> DataLoader[tuple[Tensor, ...]]:
-        return DataLoader(self._held_out, 256, num_workers=self.num_workers)
+        # batch_size by name: predict builds the loader anew, and Lightning 2.6 cannot if it came by position.
+        return DataLoader(self._held_out, batch_size=256, num_workers=self.num_workers)
 
     test_dataloader = val_dataloader
     predict_dataloader = val_dataloader

@@ -1,0 +1,141 @@
+"""Tier: no process; two tests start a training on two ranks. The command line and the configs that come with it."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+import syncnorm
+from syncnorm.cli import main
+
+ROOT = Path(__file__).resolve().parent.parent
+DEMO = ["-c", str(ROOT / "configs/demo.yaml")]
+NORMS = sorted((ROOT / "configs/norm").glob("*.yaml"))
+SMALL = [
+    *("--trainer.limit_train_batches=4", "--trainer.limit_val_batches=1", "--trainer.max_epochs=1"),
+    *("--trainer.limit_test_batches=1", "--trainer.limit_predict_batches=1"),
+]
+
+
+def config(name: str) -> list[str]:
+    return ["-c", str(ROOT / "configs" / name)]
+
+
+@pytest.fixture(autouse=True)
+def no_command_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["syncnorm"])  # LightningCLI warns of arguments from two sides
+
+
+def run(*arguments: str, timeout: float = 110, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", "syncnorm", *arguments]
+    return subprocess.run(
+        command, capture_output=True, text=True, timeout=timeout, check=False, env=environment, cwd=cwd
+    )
+
+
+def parsed(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict[str, Any]:
+    with pytest.raises(SystemExit) as stopped:
+        main([*arguments, "--print_config"])
+    assert stopped.value.code == 0
+    return yaml.safe_load(capsys.readouterr().out)
+
+
+@pytest.mark.parametrize("arguments", [[], ["fitt"], ["-c", "demo.yaml", "fit"]])
+def test_wrong_usage_ends_with_2_and_the_commands(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main(arguments)
+    assert stopped.value.code == 2
+    said = capsys.readouterr().err
+    if arguments[:1] == ["fitt"]:
+        assert "invalid choice: 'fitt'" in said
+        assert all(command in said for command in ("fit", "validate", "test", "predict"))
+
+
+def test_help_and_version_do_not_load_lightning() -> None:
+    code = (
+        "import sys; from syncnorm.cli import main\n"
+        "for argument in ('--help', '--version'):\n"
+        "    try: main([argument])\n"
+        "    except SystemExit as stopped: assert stopped.code == 0, stopped\n"
+        "assert 'lightning' not in sys.modules and 'jsonargparse' not in sys.modules"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False, cwd=ROOT
+    )
+    assert done.returncode == 0, done.stderr
+    for word in ("fit", "validate", "test", "predict", "configs/demo.yaml", f"syncnorm {syncnorm.__version__}"):
+        assert word in done.stdout
+
+
+@pytest.mark.parametrize("norm", NORMS, ids=lambda path: path.stem)
+@pytest.mark.parametrize("trainer", ["ddp_cpu", "ddp_gpu", "single"])
+def test_every_combination_of_configs_round_trips(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, norm: Path, trainer: str
+) -> None:
+    first = parsed(capsys, "fit", *DEMO, *config(f"trainer/{trainer}.yaml"), "-c", str(norm))
+    (tmp_path / "all.yaml").write_text(yaml.safe_dump(first))
+    assert parsed(capsys, "fit", "-c", str(tmp_path / "all.yaml")) == first
+    assert first["model"]["class_path"] == "syncnorm.lightning.DigitsMLP"
+    assert [c["class_path"] for c in first["trainer"]["callbacks"]] == ["syncnorm.SyncNorm"] * (norm.stem != "local")
+
+
+def test_defaults_are_the_digits(capsys: pytest.CaptureFixture[str]) -> None:
+    found = parsed(capsys, "fit")
+    assert found["model"]["class_path"] == "syncnorm.lightning.DigitsMLP"
+    assert found["data"]["class_path"] == "syncnorm.lightning.DigitsDataModule"
+
+
+def test_short_names_and_the_plugin(capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = [
+        "--trainer.callbacks+=SyncNorm",
+        "--trainer.callbacks.exclude=[head.*]",
+        "--trainer.plugins=SyncNormPlugin",
+    ]
+    trainer = parsed(capsys, "fit", *arguments)["trainer"]
+    assert trainer["callbacks"][0]["init_args"]["exclude"] == ["head.*"]
+    assert trainer["plugins"]["class_path"].endswith("SyncNormPlugin")
+
+
+def test_a_wrong_target_lists_the_allowed_ones(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    wrong = tmp_path / "wrong.yaml"
+    wrong.write_text((ROOT / "configs/norm/sync.yaml").read_text().replace("to: sync_batch_norm", "to: batch_norm"))
+    with pytest.raises(SystemExit) as stopped:
+        main(["fit", *DEMO, "-c", str(wrong)])
+    assert stopped.value.code == 2
+    said = capsys.readouterr().err
+    assert "['sync_batch_norm', 'group_norm', 'layer_norm', 'instance_norm']. Got value: batch_norm" in said
+
+
+def test_group_norm_is_saved_and_evaluated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("sklearn", reason="the digits come with scikit-learn")
+    monkeypatch.chdir(tmp_path)
+    common = [*DEMO, *config("trainer/single.yaml"), *config("norm/group_norm.yaml"), *SMALL]
+    common += ["--trainer.accelerator=cpu", "--trainer.enable_progress_bar=false"]
+    assert main(["fit", *common]) == 0
+    (checkpoint,) = tmp_path.rglob("*.ckpt")
+    assert torch.load(checkpoint, weights_only=True)["syncnorm"]["specs"][0]["to"] == "group_norm"
+    for command in ("validate", "test", "predict"):
+        assert main([command, *common, f"--ckpt_path={checkpoint}"]) == 0
+
+
+def test_a_model_with_loaders_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    arguments = ["--model=tests.lightning_training.Training", "--data=null", "--trainer.callbacks+=SyncNorm"]
+    arguments += ["--trainer.accelerator=cpu", "--trainer.devices=1", "--trainer.enable_progress_bar=false", *SMALL]
+    assert main(["fit", *arguments]) == 0
+
+
+@pytest.mark.gloo
+def test_the_demo_on_two_ranks(tmp_path: Path) -> None:
+    pytest.importorskip("sklearn", reason="the digits come with scikit-learn")
+    configs = [*DEMO, *config("trainer/ddp_cpu.yaml"), *config("norm/sync.yaml")]
+    done = run("fit", *configs, *SMALL, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "SyncNorm: 3 BatchNorm1d -> SyncBatchNorm1d (2 ranks, gloo); 0 skipped" in done.stderr
+    assert (tmp_path / "outputs/digits/version_0/metrics.csv").exists()
