@@ -1,9 +1,5 @@
 """Tier: gloo ranks. syncnorm.convert in a loop of Lightning Fabric, before and after fabric.setup."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,8 +13,6 @@ from syncnorm.testing import run_ranks
 from tests.lightning_training import GLOBAL_BATCH, LR, MOMENTUM, TOLERANCE, by_hand, dataset, distance, kinds, network
 
 pytestmark = pytest.mark.gloo
-
-EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 
 
 def train(when: str, precision: str = "64-true") -> dict[str, Any]:
@@ -76,16 +70,3 @@ def test_statistics_stay_float32_under_bf16(runs: list[dict[str, Any]], name: st
     assert one["state"]["net.0.weight"].dtype == torch.bfloat16
     assert one["dtypes"] == {torch.float32}
     assert distance(one["state"], other["state"]) == 0
-
-
-@pytest.mark.parametrize("name", ["lightning_fit.py", "fabric_fit.py"])
-def test_examples_run(name: str) -> None:
-    pytest.importorskip("sklearn", reason="the digits come with scikit-learn")
-    command = [sys.executable, str(EXAMPLES / name), "--epochs", "1", "--steps", "5"]
-    done = subprocess.run(
-        command, capture_output=True, text=True, timeout=100, check=False, env={**os.environ, "OMP_NUM_THREADS": "1"}
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert "test error" in done.stdout
-    assert "BatchNorm1d(128, eps=1e-05" in done.stdout
-    assert "SyncBatchNorm1d(128" not in done.stdout
