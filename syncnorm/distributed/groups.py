@@ -9,6 +9,7 @@ import socket
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.distributed as dist
@@ -124,13 +125,13 @@ def resolve(spec: GroupSpec) -> Group:
     if spec.kind == "world":
         return Group(world.group_name, world.size())
     if spec.kind == "named":
-        if collectives.group_ranks(spec.name) != spec.ranks:
-            raise SyncNormError(_gone(spec))
         if dist.get_rank() not in spec.ranks:
             raise SyncNormError(
                 f"rank {dist.get_rank()} is outside the layer's process group of ranks {list(spec.ranks)}. "
                 "Give every rank that runs the layer a group that contains it."
             )
+        if collectives.group_ranks(spec.name) != spec.ranks:
+            raise SyncNormError(_gone(spec))
         return Group(spec.name, len(spec.ranks))
     return _subgroup(spec)
 
@@ -157,16 +158,18 @@ def make_subgroups(size: int | Literal["node"]) -> dist.ProcessGroup:
     return collectives.find_group(_subgroup(group_spec(size)).name)
 
 
-_made: dict[tuple[str, int, GroupSpec], tuple[str, tuple[int, ...]]] = {}  # per (world, rank): ranks may be threads
+# Per world, and in it per rank, as ranks may be threads. By the object and not by its name: the next world has the same
+# name, and its groups may, too, but not on every rank, and to make groups is a meeting of all.
+_made: WeakKeyDictionary[Any, dict[tuple[int, GroupSpec], tuple[str, tuple[int, ...]]]] = WeakKeyDictionary()
 
 
 def _subgroup(spec: GroupSpec) -> Group:
     world = dist.group.WORLD
     assert world is not None
-    key = (world.group_name, dist.get_rank(), spec)
-    name, members = _made.get(key, ("", ()))
+    made, key = _made.setdefault(world, {}), (dist.get_rank(), spec)
+    name, members = made.get(key, ("", ()))
     if not members or collectives.group_ranks(name) != members:
-        name, members = _made[key] = _make(_partition(spec, world.group_name, world.size()))
+        name, members = made[key] = _make(_partition(spec, world.group_name, world.size()))
     return Group(name, len(members))
 
 
