@@ -15,6 +15,7 @@ from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 from torch import Tensor, nn
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.fsdp.wrap import ModuleWrapPolicy
+from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils.data import DataLoader
 
 from syncnorm import SyncNorm, SyncNormPlugin
@@ -30,6 +31,7 @@ from tests.lightning_training import (
     dataset,
     distance,
     fit,
+    norms,
 )
 
 pytestmark = pytest.mark.gloo
@@ -86,6 +88,18 @@ class EarlyTraining(Training):
             shard(self)
 
 
+class EachLayerTraining(Training):
+    """Every layer is sharded by itself, the norms too."""
+
+    def configure_model(self) -> None:
+        if isinstance(self.net, torch.distributed.fsdp.FSDPModule):
+            return
+        for layer in self.net:
+            if list(layer.parameters()):
+                fully_shard(layer, mesh=self.device_mesh["data_parallel"])
+        fully_shard(self.net, mesh=self.device_mesh["data_parallel"])
+
+
 class SameDataTraining(LateTraining):
     """Every rank has the whole batch, as tensor-parallel ranks do."""
 
@@ -100,6 +114,22 @@ def model_parallel(module: pl.LightningModule, *callbacks: Any, tensor_parallel:
         save_distributed_checkpoint=False,
     )
     return fit(module, *callbacks, strategy=strategy, **options)
+
+
+def each_layer() -> Any:
+    """Converted before it is sharded; and again, when it is sharded already."""
+    module = EachLayerTraining()
+    start = {name: value.clone() for name, value in module.state_dict().items()}
+    first = model_parallel(module, SyncNorm())
+    with torch.no_grad():
+        for name, value in module.state_dict().items():
+            is_dtensor = isinstance(value, DTensor)
+            value.copy_(
+                distribute_tensor(start[name], value.device_mesh, value.placements) if is_dtensor else start[name]
+            )
+    second = model_parallel(module, SyncNorm())
+    usable = [isinstance(layer, torch.distributed.fsdp.FSDPModule) for layer in norms(module)]
+    return first | {"second": second, "usable": usable}
 
 
 def group_norm_too_late() -> Any:
@@ -124,6 +154,7 @@ CASES = {
     "tensor parallel, world": lambda: model_parallel(
         SameDataTraining(shard), SyncNorm(process_group="world"), tensor_parallel=2
     ),
+    "fsdp2, each layer": each_layer,
     "group norm": group_norm_too_late,
 }
 
@@ -170,6 +201,15 @@ def test_two_ranks_equal_one_process(case: Any, whole_batch: Any, name: str) -> 
 @pytest.mark.parametrize("name", ["fsdp, without", "fsdp2, without"])
 def test_without_it_the_same_comparison_fails(case: Any, whole_batch: Any, name: str) -> None:
     assert distance(case(name)["state"], whole_batch) > 1e-3
+
+
+def test_norms_that_are_sharded_themselves(case: Any, whole_batch: Any) -> None:
+    run = case("fsdp2, each layer")
+    for fitted in (run, run["second"]):
+        assert fitted["during"] == ["FSDPSyncBatchNorm2d", "FSDPSyncBatchNorm1d"]
+        assert fitted["after"] == ["FSDPBatchNorm2d", "FSDPBatchNorm1d"]
+        assert distance(fitted["state"], whole_batch) < TOLERANCE
+    assert run["usable"] == [True, True]
 
 
 def test_the_plugin_is_ignored_under_model_parallel(case: Any, whole_batch: Any) -> None:

@@ -4,13 +4,14 @@ An adapter may name its source by a string: then nobody imports a library becaus
 """
 
 from collections.abc import Callable
-from typing import TypeAlias
+from typing import TypeAlias, cast
 
 from torch import nn
 
 from syncnorm.conversion._layers import qualified_type
 from syncnorm.conversion._timm import sync_batch_norm_act
 from syncnorm.modules import TARGETS, SyncBatchNorm, SyncStatistics, register_swap
+from syncnorm.modules._sharded import is_sharded, sharded_like
 
 __all__ = ["LEFTOVERS", "register_adapter", "target_of"]
 
@@ -68,6 +69,10 @@ def target_of(source: type[nn.Module]) -> type[SyncStatistics] | None:
         elif name in _NAMED:
             target = _NAMED[name]
             _register(source, target if isinstance(target, type) else target(source))
+        elif is_sharded(source):
+            plain = target_of(source.__bases__[1])
+            if plain is not None:
+                TARGETS[source] = cast(type[SyncStatistics], sharded_like(plain, source))
     return TARGETS.get(source)
 
 

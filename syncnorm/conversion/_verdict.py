@@ -43,7 +43,7 @@ def judge(layer: Layer, to: str, options: dict[str, Any]) -> Verdict:
 
 def _obstacle(layer: Layer) -> str | None:
     """Why neither a swap nor a replacement would be right."""
-    module, names = layer.module, class_names(layer.module)
+    module = layer.module
     own_class = type(module).__name__
     if layer.metric is not None:
         return f"inside a torchmetrics metric ({layer.metric}), which meets other ranks in its own way; leave it"
@@ -51,8 +51,6 @@ def _obstacle(layer: Layer) -> str | None:
         return "lazy, its channels are not known yet; run one forward pass, then convert"
     if isinstance(module, torch.jit.ScriptModule):
         return "scripted by TorchScript; convert before scripting"
-    if "FSDPModule" in names:
-        return "fully_shard was applied to this very layer; convert before, or shard the module around it"
     if "parametrizations" in module._modules:
         return "parametrized; torch.nn.utils.parametrize.remove_parametrizations, convert, and parametrize again"
     if type(module).__module__.startswith(("torch.ao.", "torch.nn.quantized", "torch.nn.intrinsic")):
@@ -92,6 +90,8 @@ def _differs(module: nn.Module, name: str, options: dict[str, Any]) -> bool:
 
 def _replace(layer: Layer, to: str, options: dict[str, Any]) -> Verdict:
     module, own = layer.module, type(layer.module).__name__
+    if "FSDPModule" in class_names(module):
+        return Verdict("skip", own, "fully_shard was applied to this very layer; convert before sharding")
     if type(module) not in (*_PLAIN, *_SYNCED) and qualified_type(type(module)) not in LEFTOVERS:
         return Verdict(
             "skip", own, f"{own} does more than batch norm, which {to} would lose; replace it by hand, or exclude it"

@@ -17,6 +17,7 @@ from syncnorm.distributed.groups import LOCAL, Group, GroupSpec, group_spec, res
 from syncnorm.errors import SyncNormError
 from syncnorm.functional import sync_batch_norm
 from syncnorm.kernels import BACKENDS
+from syncnorm.modules._sharded import sharded_like
 
 __all__ = ["TARGETS", "SyncStatistics", "is_synced", "register_swap"]
 
@@ -173,7 +174,7 @@ class SyncStatistics(_BatchNorm):
             if statistic is not None and weight is not None and weight.dtype in _HALVES:
                 # Kept in float32 by us; torch's layer wants the statistics in the dtype of a half-precision weight.
                 self._buffers[name] = statistic.to(weight.dtype)
-        self.__class__ = origin  # type: ignore[assignment]
+        self.__class__ = sharded_like(origin, type(self))  # type: ignore[assignment]
         if torch_group is not None:
             # A group that is gone, as after the end of a run, is not one to go back to.
             alive = torch_group.kind == "named" and group_ranks(torch_group.name) == torch_group.ranks
