@@ -25,6 +25,7 @@ class RunningStatistics(NamedTuple):
         pending: float64 ``[2C + 2]``: sums over the micro-batches seen so far and, last, their number. None unless
             statistics are gathered over several micro-batches.
         accumulate: Micro-batches per update.
+        tracked: Whether a batch moves them; False for statistics that are only looked at.
     """
 
     mean: Tensor | None
@@ -33,6 +34,7 @@ class RunningStatistics(NamedTuple):
     momentum: float | None
     pending: Tensor | None = None
     accumulate: int = 1
+    tracked: bool = True
 
 
 @torch.no_grad()
@@ -48,6 +50,8 @@ def update_running(running: RunningStatistics, batch: Moments) -> None:
 
     Reference: Ioffe & Szegedy (2015), section 3.1; Hoffer et al. (2017) for averages over several micro-batches.
     """
+    if not running.tracked:
+        return
     # A single value is refused too, by an error that torch.compile may order after this update.
     due: Tensor | bool = batch.count > 1
     if running.pending is not None:

@@ -16,9 +16,11 @@ from torch.autograd.function import once_differentiable
 from syncnorm.core.backward import double_backward_input, double_backward_sums
 from syncnorm.core.layout import accumulate_dtype, channel_view, count_per_channel, flatten, flatten_like, unflatten
 from syncnorm.core.moments import Moments, at_least_one, empty_moments
+from syncnorm.core.renorm import RenormLimits, correct_affine, renorm_correction
 from syncnorm.core.running import RunningStatistics, update_running
 from syncnorm.distributed.exchange import exchange_moments, exchange_sums
 from syncnorm.distributed.groups import Group
+from syncnorm.errors import SyncNormError
 from syncnorm.functional._checkpoint import is_recomputing, recall, remember, unseen_by_selective_checkpointing
 from syncnorm.kernels import choose
 
@@ -34,6 +36,7 @@ class Walk(NamedTuple):
         backend: Name of a kernel backend, or ``"auto"``.
         needs_backward: Whether a backward follows on this rank.
         site: Identity of the layer, by which a checkpointed recompute finds its forward.
+        renorm: Limits of batch renormalisation; None for plain batch normalisation.
     """
 
     eps: float
@@ -41,6 +44,7 @@ class Walk(NamedTuple):
     backend: str
     needs_backward: bool
     site: object = None
+    renorm: RenormLimits | None = None
 
 
 def batch_normalize(
@@ -56,7 +60,9 @@ def batch_normalize(
         # Inside, because there torch.func's wrappers are off and buffers may be written in place.
         y: Tensor = _apply(_Normalize, x, weight, bias, walk, running)[0]
         return y
-    y, mean, m2, _, count = _Normalize.apply(x, weight, bias, walk, None)  # type: ignore[no-untyped-call]
+    y, mean, m2, _, count, *_ = _Normalize.apply(  # type: ignore[no-untyped-call]
+        x, weight, bias, walk, None if walk.renorm is None else running
+    )
     if count_per_channel(x) <= 1 and isinstance(count, Tensor):
         torch._assert_async(count != 1, _ONE_VALUE)
     if running is not None:
@@ -72,14 +78,18 @@ class _Normalize(Function):
         recomputing = is_recomputing()
         flat = flatten(x) if x.numel() else x
         with unseen_by_selective_checkpointing():
-            moments = recall(walk.site) if recomputing else None
+            moments, correction = (recall(walk.site) if recomputing else None) or (None, ())
             if moments is None:
                 local = choose(walk.backend, x).batch_moments(flat) if x.numel() else empty_moments(x.size(1), x.device)
                 moments = exchange_moments(local, walk.group, needs_backward=walk.needs_backward)
                 _check_more_than_one(moments.count, x)
-                if not recomputing and not torch.compiler.is_compiling():
-                    remember(walk.site, moments)
             rstd = moments.var.add_(walk.eps).rsqrt_()
+            if walk.renorm is not None:
+                if not correction:
+                    correction = _correction(moments, rstd, walk, running, recomputing=recomputing)
+                weight, bias = correct_affine(weight, bias, correction, x.dtype)
+            if not recomputing and not torch.compiler.is_compiling():
+                remember(walk.site, (moments, correction))
         if x.numel():
             backend = choose(walk.backend, x)
             y = unflatten(backend.batch_normalize(flat, moments.mean, rstd, weight, bias), x.shape)
@@ -87,36 +97,39 @@ class _Normalize(Function):
             y = y.clone() if torch.compiler.is_compiling() else y.data
         else:
             y = _empty_after(rstd, x)
-        if running is not None and not recomputing:
+        if running is not None and not recomputing and not torch.compiler.is_compiling():
             with unseen_by_selective_checkpointing():
                 update_running(running, moments)
         count = moments.count
         if torch.compiler.is_compiling() and not isinstance(count, Tensor):
             count = rstd.new_full((), count)  # Dynamo asks every output for a gradient that is a tensor
-        return y, moments.mean, moments.m2, rstd, count
+        return y, moments.mean, moments.m2, rstd, count, *correction
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
         x, weight, bias, walk, _ = inputs
-        _, mean, m2, rstd, count = output
-        ctx.mark_non_differentiable(*(t for t in (mean, m2, rstd, count) if isinstance(t, Tensor)))
+        _, mean, _, rstd, count, *correction = output
+        ctx.mark_non_differentiable(*(t for t in output[1:] if isinstance(t, Tensor)))
         ctx.set_materialize_grads(False)
         count_tensor, ctx.count = (count, None) if isinstance(count, Tensor) else (None, count)
-        ctx.save_for_backward(x, weight, mean, rstd, count_tensor)
+        ctx.save_for_backward(x, weight, mean, rstd, count_tensor, *correction)
         ctx.walk, ctx.bias_dtype = walk, None if bias is None else bias.dtype
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
-        x, weight, mean, rstd, count = ctx.saved_tensors
+        x, weight, mean, rstd, count, *correction = ctx.saved_tensors
         if grad is None:
             grad = torch.zeros_like(x)
         if count is None:
             count = ctx.count
-        arguments = (grad, x, weight, mean, rstd, count, ctx.walk, ctx.needs_input_grad[0])
+        effective = correct_affine(weight, None, correction, x.dtype)[0] if correction else weight
+        arguments = (grad, x, effective, mean, rstd, count, ctx.walk, ctx.needs_input_grad[0])
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             dx, dweight, dbias = _apply(_Backward, *arguments)[:3]  # create_graph=True
         else:
             dx, dweight, dbias = _Backward.forward(*arguments)[:3]
+        if correction:
+            dweight = dweight * correction[0] + dbias * correction[1]
         return (
             dx,
             dweight.to(weight.dtype) if ctx.needs_input_grad[1] else None,
@@ -189,6 +202,19 @@ class _Backward(Function):
             grad_g, grad_x = unflatten(grad_g, shape), unflatten(grad_x, shape)
         grad_weight_out = None if weight is None else grad_weight.to(weight.dtype)
         return grad_g.to(x.dtype), grad_x.to(x.dtype), grad_weight_out, None, None, None, None, None
+
+
+def _correction(
+    moments: Moments, rstd: Tensor, walk: Walk, running: RunningStatistics | None, *, recomputing: bool
+) -> tuple[Tensor, Tensor]:
+    """The correction towards the running statistics as they are before this batch moves them."""
+    assert walk.renorm is not None and running is not None and running.mean is not None and running.var is not None
+    if recomputing:
+        raise SyncNormError(
+            "batch renormalisation is recomputed within a checkpointed region that is not recognised (a nested one, or not "
+            "torch.utils.checkpoint's), and its running statistics have moved since. Checkpoint it in a region of its own."
+        )
+    return renorm_correction(moments, rstd, running.mean, running.var, walk.eps, walk.renorm)
 
 
 def _empty_after(vector: Tensor, x: Tensor) -> Tensor:

@@ -16,8 +16,6 @@ from torch.autograd.graph import _engine_run_backward
 from torch.utils import checkpoint
 from torch.utils._python_dispatch import _get_current_dispatch_mode, _pop_mode_temporarily
 
-from syncnorm.core.moments import Moments
-
 __all__ = ["is_recomputing", "recall", "remember", "unseen_by_selective_checkpointing"]
 
 _MOMENTS = "_syncnorm_moments"
@@ -35,8 +33,8 @@ def is_recomputing() -> bool:
     return torch._C._current_graph_task_id() != -1 or "target_frame_ref" in _hook()
 
 
-def remember(site: object, moments: Moments) -> None:
-    """Keep the global moments of this forward call with the checkpointed region it runs in, if it runs in one."""
+def remember(site: object, record: tuple[Any, ...]) -> None:
+    """Keep what this forward call took from all ranks with the checkpointed region it runs in, if it runs in one."""
     if torch._C._autograd._top_saved_tensors_default_hooks(True) is not None:
         region = _hook().get("frame")
     elif torch.is_grad_enabled():
@@ -44,11 +42,11 @@ def remember(site: object, moments: Moments) -> None:
     else:
         region = _reentrant_region()
     if region is not None:
-        region.__dict__.setdefault(_MOMENTS, {}).setdefault(id(site), []).append(moments)
+        region.__dict__.setdefault(_MOMENTS, {}).setdefault(id(site), []).append(record)
 
 
-def recall(site: object) -> Moments | None:
-    """The global moments of the forward call that this call recomputes; None where that is not certain."""
+def recall(site: object) -> tuple[Any, ...] | None:
+    """The record of the forward call that this call recomputes; None where that is not certain."""
     if torch._C._autograd._top_saved_tensors_default_hooks(True) is not None:
         held = _hook()
         if "target_frame_ref" not in held or not _called_by_checkpoint():
@@ -64,8 +62,8 @@ def recall(site: object) -> Moments | None:
     if index >= len(calls):
         return None
     kept[turn] = index + 1
-    moments: Moments = calls[index]
-    return moments
+    record: tuple[Any, ...] = calls[index]
+    return record
 
 
 def unseen_by_selective_checkpointing() -> AbstractContextManager[None]:
@@ -88,7 +86,9 @@ def _hook() -> dict[str, Any]:
     pack = getattr(hooks[0], "_torchdynamo_orig_callable", hooks[0])
     if getattr(pack, "__module__", None) != checkpoint.__name__:
         return {}
-    return {name: cell.cell_contents for name, cell in zip(pack.__code__.co_freevars, pack.__closure__ or (), strict=True)}
+    return {
+        name: cell.cell_contents for name, cell in zip(pack.__code__.co_freevars, pack.__closure__ or (), strict=True)
+    }
 
 
 def _called_by_checkpoint() -> bool:

@@ -13,7 +13,7 @@ from syncnorm.distributed.groups import Group, group_spec, resolve
 from syncnorm.functional._batch_normalize import Walk, batch_normalize
 from syncnorm.functional._checkpoint import is_recomputing, unseen_by_selective_checkpointing
 
-__all__ = ["sync_batch_norm"]
+__all__ = ["enter", "evaluate", "needs_grad", "sync_batch_norm", "validate"]
 
 
 def sync_batch_norm(
@@ -79,32 +79,56 @@ def sync_batch_norm(
         known = running_mean if running_mean is not None else weight
         num_features = None if known is None else known.numel()
     if not training:
-        _validate(input, num_features, input_dims)
-        if running_mean is None or running_var is None:
-            weight, bias = _in_dtype(input, weight, bias)
-            return functional.batch_norm(input, None, None, weight, bias, True, 0.0, eps)
-        running_mean, running_var, weight, bias = _in_dtype(input, running_mean, running_var, weight, bias)
-        return functional.batch_norm(input, running_mean, running_var, weight, bias, False, 0.0, eps)
+        validate(input, num_features, input_dims)
+        return evaluate(input, running_mean, running_var, weight, bias, eps)
+    ranks = enter(input, eps, group, num_features, input_dims)
+    has_statistics = running_mean is not None or pending is not None or num_batches_tracked is not None
+    running = RunningStatistics(running_mean, running_var, num_batches_tracked, momentum, pending, accumulate)
+    if ranks.size == 1 and backend == "auto" and pending is None and _torch_serves(input, weight, bias, running):
+        return _torch_batch_norm(input, weight, bias, eps, running)
+    walk = Walk(eps, ranks, backend, needs_grad(input, weight, bias), site)
+    return batch_normalize(input, weight, bias, walk, running if has_statistics else None)
 
-    ranks = group if isinstance(group, Group) else resolve(group_spec(group))
+
+def needs_grad(*tensors: Tensor | None) -> bool:
+    """Whether a backward follows a call on these tensors."""
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+def evaluate(
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+) -> Tensor:
+    """Evaluate by torch's own batch norm, for any mix of dtypes; by the local batch where nothing was tracked."""
+    if running_mean is None or running_var is None:
+        weight, bias = _in_dtype(input, weight, bias)
+        return functional.batch_norm(input, None, None, weight, bias, True, 0.0, eps)
+    running_mean, running_var, weight, bias = _in_dtype(input, running_mean, running_var, weight, bias)
+    return functional.batch_norm(input, running_mean, running_var, weight, bias, False, 0.0, eps)
+
+
+def enter(
+    input: Tensor, eps: float, group: object, num_features: int | None, input_dims: tuple[int, ...] | None
+) -> Group:
+    """The live group of a training forward, with an input that fits; a refusal is told to the other ranks, too."""
+    ranks: Group = group if isinstance(group, Group) else resolve(group_spec(group))
     try:
-        _validate(input, num_features, input_dims)
+        validate(input, num_features, input_dims)
         if not eps > 0:
             raise ValueError(f"eps must be positive when training, got {eps}.")
     except (ValueError, TypeError):
         if ranks.size > 1 and num_features is not None and not torch.compiler.is_compiling():
             send_poison(num_features, input.device, ranks)
         raise
-    has_statistics = running_mean is not None or pending is not None or num_batches_tracked is not None
-    running = RunningStatistics(running_mean, running_var, num_batches_tracked, momentum, pending, accumulate)
-    if ranks.size == 1 and backend == "auto" and pending is None and _torch_serves(input, weight, bias, running):
-        return _torch_batch_norm(input, weight, bias, eps, running)
-    needs_backward = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (input, weight, bias))
-    walk = Walk(eps, ranks, backend, needs_backward, site)
-    return batch_normalize(input, weight, bias, walk, running if has_statistics else None)
+    return ranks
 
 
-def _validate(input: Tensor, num_features: int | None, input_dims: tuple[int, ...] | None) -> None:
+def validate(input: Tensor, num_features: int | None, input_dims: tuple[int, ...] | None) -> None:
+    """Raise what is wrong with ``input`` itself."""
     if input.dim() < 2 or (input_dims is not None and input.dim() not in input_dims):
         wanted = "at least 2" if input_dims is None else " or ".join(map(str, input_dims))
         raise ValueError(f"expected an input [N, C, *] of {wanted} dims, got {list(input.shape)}.")

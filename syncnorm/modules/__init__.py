@@ -1,12 +1,16 @@
 """Layers: the functions of :mod:`syncnorm.functional` with their state."""
 
 from syncnorm.modules._batch_norm import BatchNorm
+from syncnorm.modules._batch_renorm import BatchRenorm1d, BatchRenorm2d, BatchRenorm3d
 from syncnorm.modules._statistics import TARGETS, SyncStatistics, is_synced, register_swap
 from syncnorm.modules._sync_batch_norm import SyncBatchNorm, SyncBatchNorm1d, SyncBatchNorm2d, SyncBatchNorm3d
 
 __all__ = [
     "TARGETS",
     "BatchNorm",
+    "BatchRenorm1d",
+    "BatchRenorm2d",
+    "BatchRenorm3d",
     "SyncBatchNorm",
     "SyncBatchNorm1d",
     "SyncBatchNorm2d",

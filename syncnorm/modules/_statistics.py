@@ -24,6 +24,9 @@ __all__ = ["TARGETS", "SyncStatistics", "is_synced", "register_swap"]
 TARGETS: dict[type[nn.Module], type["SyncStatistics"]] = {}
 """Which class each exact type is swapped to."""
 
+_WIDE = ("_pending", "_limits", "_clip_rate")
+"""Buffers that stay float64 whatever the model is cast to."""
+
 _OURS = ("_group_spec", "_origin", "_sync", "_synced_over", "_torch_group", "accumulate", "backend")
 _HALVES = (torch.float16, torch.bfloat16)
 
@@ -85,29 +88,31 @@ class SyncStatistics(_BatchNorm):
 
     def forward(self, input: Tensor) -> Tensor:
         """Normalise ``input`` [N, C, *]: by the statistics of all ranks when training, by the running ones otherwise."""
-        training = self.training
-        tracked = not training or self.track_running_stats
         try:
-            return sync_batch_norm(
-                input,
-                self.running_mean if tracked else None,
-                self.running_var if tracked else None,
-                self.weight,
-                self.bias,
-                training,
-                self.momentum,
-                self.eps,
-                num_batches_tracked=self.num_batches_tracked if tracked else None,
-                group=self._group() if training else LOCAL,
-                backend=self.backend,
-                pending=self._buffers.get("_pending") if tracked else None,
-                accumulate=self.accumulate,
-                num_features=self.num_features,
-                input_dims=self.input_dims,
-                site=None if torch.compiler.is_compiling() else self,
-            )
+            return self._normalize(input)
         except (ValueError, TypeError, SyncNormError) as error:
             raise type(error)(f"{type(self).__name__}({self.num_features}): {error}") from error
+
+    def _normalize(self, input: Tensor) -> Tensor:
+        tracked = not self.training or self.track_running_stats
+        return sync_batch_norm(
+            input,
+            self.running_mean if tracked else None,
+            self.running_var if tracked else None,
+            self.weight,
+            self.bias,
+            self.training,
+            self.momentum,
+            self.eps,
+            num_batches_tracked=self.num_batches_tracked if tracked else None,
+            group=self._group() if self.training else LOCAL,
+            backend=self.backend,
+            pending=self._buffers.get("_pending") if tracked else None,
+            accumulate=self.accumulate,
+            num_features=self.num_features,
+            input_dims=self.input_dims,
+            site=None if torch.compiler.is_compiling() else self,
+        )
 
     @classmethod
     def adopt(
@@ -167,8 +172,9 @@ class SyncStatistics(_BatchNorm):
         torch_group = self._torch_group
         for name in _OURS:
             self.__dict__.pop(name, None)
-        self._buffers.pop("_pending", None)
-        self._non_persistent_buffers_set.discard("_pending")
+        for name in _WIDE:
+            self._buffers.pop(name, None)
+            self._non_persistent_buffers_set.discard(name)
         for name in ("running_mean", "running_var"):
             statistic, weight = self._buffers.get(name), self._parameters.get("weight")
             if statistic is not None and weight is not None and weight.dtype in _HALVES:
@@ -239,14 +245,14 @@ class SyncStatistics(_BatchNorm):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         # Half precision cannot hold a running average (momentum 0.1 moves it by less than its rounding), nor can it hold
         # the sums of micro-batches: where .half() or .bfloat16() narrows them, they move to the device as they are.
-        names = ("running_mean", "running_var", "_pending")
+        names = ("running_mean", "running_var", *_WIDE)
         before = {name: self._buffers.get(name) for name in names}
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for name, old in before.items():
             new = self._buffers.get(name)
             if old is None or new is None or new.dtype == old.dtype:
                 continue
-            if name == "_pending" or (new.dtype in _HALVES and old.dtype not in _HALVES):
+            if name in _WIDE or (new.dtype in _HALVES and old.dtype not in _HALVES):
                 self._buffers[name] = old.to(new.device) if not new.is_meta else torch.empty_like(new, dtype=old.dtype)
         return self
 
