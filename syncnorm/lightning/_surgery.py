@@ -20,7 +20,10 @@ from syncnorm.conversion._targets import check_options
 from syncnorm.distributed import group_spec, resolve
 from syncnorm.modules import SyncStatistics
 
-__all__ = ["Surgery"]
+__all__ = ["STATISTICS_FAMILY", "Surgery"]
+
+STATISTICS_FAMILY = ("sync_batch_norm",)
+"""Targets that have the state-dict keys of batch norm and can be taken back; the others are another architecture."""
 
 
 class Surgery:
@@ -56,8 +59,8 @@ class Surgery:
 
     @property
     def keeps_keys(self) -> bool:
-        """Whether the target has the state-dict keys of batch norm and can be taken back."""
-        return self.to == "sync_batch_norm"
+        """Whether the target is one of :data:`STATISTICS_FAMILY`."""
+        return self.to in STATISTICS_FAMILY
 
     def pending(self, model: nn.Module) -> list[str]:
         """Names of the layers that :meth:`run` would change now."""

@@ -7,7 +7,7 @@ from torch import nn
 
 from syncnorm.conversion import To
 from syncnorm.lightning._flavours import LayerSync, rank_zero_info, rank_zero_warn
-from syncnorm.lightning._surgery import Surgery
+from syncnorm.lightning._surgery import STATISTICS_FAMILY, Surgery
 
 __all__ = ["SyncNormPlugin"]
 
@@ -45,7 +45,7 @@ class SyncNormPlugin(LayerSync):
         accumulate: int = 1,
     ) -> None:
         super().__init__()
-        if to != "sync_batch_norm" and to in get_args(To):
+        if to in get_args(To) and to not in STATISTICS_FAMILY:
             raise ValueError(
                 f"SyncNormPlugin(to={to!r}) would change the architecture after Lightning has restored the checkpoint, "
                 f"and back when the fit ends. Use the callback SyncNorm(to={to!r}), or call syncnorm.convert(model, "
