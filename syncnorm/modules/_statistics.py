@@ -199,6 +199,13 @@ class SyncStatistics(_BatchNorm):
                 target.adopt(layer, process_group=process_group)
         return module
 
+    def reset_running_stats(self) -> None:
+        """As torch's; the sums of micro-batches start again, too."""
+        super().reset_running_stats()
+        pending = self._buffers.get("_pending")
+        if pending is not None:
+            pending.zero_()
+
     def extra_repr(self) -> str:
         """The fields of torch's layer, and ours where they are not the default."""
         ours = {"process_group": (self._group_spec, GroupSpec()), "backend": (self.backend, "auto")}
