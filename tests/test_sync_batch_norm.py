@@ -262,3 +262,20 @@ def _accumulate() -> dict[str, float]:
 def test_accumulate_pools_the_statistics_of_micro_batches() -> None:
     for per_rank in run_ranks(_accumulate, 2):
         assert max(per_rank.values()) <= 1e-12, per_rank
+
+
+def _third(backend: str) -> str:
+    layer = syncnorm.SyncBatchNorm1d(2, dtype=torch.float64, backend=backend)
+    x = torch.randn(3, 2, dtype=torch.float64, requires_grad=True)
+    (first,) = torch.autograd.grad(layer(x).pow(3).sum(), x, create_graph=True)
+    (second,) = torch.autograd.grad(first.square().sum(), x, create_graph=True)
+    try:
+        torch.autograd.grad(second.square().sum(), x)
+    except syncnorm.SyncNormError as error:
+        return str(error)
+    return "no error"
+
+
+@pytest.mark.parametrize("backend", SERVING)
+def test_a_third_derivative_is_refused_and_not_wrong(backend: str) -> None:
+    assert all("a third was asked for" in text for text in run_ranks(_third, 2, backend))

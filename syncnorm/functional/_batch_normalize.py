@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.autograd import Function
-from torch.autograd.function import once_differentiable
 
 from syncnorm.core.backward import double_backward_input, double_backward_sums
 from syncnorm.core.layout import accumulate_dtype, channel_view, count_per_channel, flatten, flatten_like, unflatten
@@ -24,7 +23,7 @@ from syncnorm.errors import SyncNormError
 from syncnorm.functional._checkpoint import is_recomputing, recall, remember, unseen_by_selective_checkpointing
 from syncnorm.kernels import choose
 
-__all__ = ["Walk", "batch_normalize"]
+__all__ = ["Walk", "batch_normalize", "batch_normalize_and_moments"]
 
 
 class Walk(NamedTuple):
@@ -56,10 +55,17 @@ def batch_normalize(
         ValueError: On every rank, if the group holds one value per channel in all; nothing has been changed then.
         SyncNormMismatch: If ranks disagree, see :func:`syncnorm.distributed.exchange.exchange_moments`.
     """
+    return batch_normalize_and_moments(x, weight, bias, walk, running)[0]
+
+
+def batch_normalize_and_moments(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, walk: Walk, running: RunningStatistics | None
+) -> tuple[Tensor, Moments]:
+    """:func:`batch_normalize`, and the moments that it normalised by, which carry no gradient."""
     if not torch.compiler.is_compiling():
         # Inside, because there torch.func's wrappers are off and buffers may be written in place.
-        y: Tensor = _apply(_Normalize, x, weight, bias, walk, running)[0]
-        return y
+        y, mean, m2, _, count, *_ = _apply(_Normalize, x, weight, bias, walk, running)
+        return y, Moments(count, mean, m2)
     y, mean, m2, _, count, *_ = _Normalize.apply(  # type: ignore[no-untyped-call]
         x, weight, bias, walk, None if walk.renorm is None else running
     )
@@ -67,7 +73,7 @@ def batch_normalize(
         torch._assert_async(count != 1, _ONE_VALUE)
     if running is not None:
         update_running(running, Moments(count, mean, m2))
-    return y
+    return y, Moments(count, mean, m2)
 
 
 class _Normalize(Function):
@@ -178,8 +184,15 @@ class _Backward(Function):
         ctx.walk = walk
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, v: Tensor | None, a: Tensor, b: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        with torch.no_grad():
+            gradients = _Backward._second(ctx, v, a, b)
+        if torch.is_grad_enabled():  # create_graph=True once more
+            gradients = _LastDerivative.apply(v, a, b, *ctx.saved_tensors[:3], *gradients)  # type: ignore[no-untyped-call]
+        return *gradients, None, None, None, None, None
+
+    @staticmethod
+    def _second(ctx: Any, v: Tensor | None, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         grad, x, weight, mean, rstd, means, count = ctx.saved_tensors
         count = ctx.count if count is None else count
         accumulate = accumulate_dtype(x.dtype)
@@ -201,7 +214,29 @@ class _Backward(Function):
         else:
             grad_g, grad_x = unflatten(grad_g, shape), unflatten(grad_x, shape)
         grad_weight_out = None if weight is None else grad_weight.to(weight.dtype)
-        return grad_g.to(x.dtype), grad_x.to(x.dtype), grad_weight_out, None, None, None, None, None
+        return grad_g.to(x.dtype), grad_x.to(x.dtype), grad_weight_out
+
+
+class _LastDerivative(Function):
+    """Hands the second derivative on; whoever differentiates it is told that there is no third.
+
+    ``once_differentiable`` would not: its error hangs on no input, and ``autograd.grad`` walks around it.
+    """
+
+    @staticmethod
+    def forward(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+        return tuple(None if t is None else t.view_as(t) for t in tensors[6:])
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, *_: Tensor | None) -> Any:
+        raise SyncNormError(
+            "a synchronised layer has first and second derivatives, and a third was asked for. If one process is meant, "
+            "`with syncnorm.disabled(model):` leaves the layer to torch, which has all of them."
+        )
 
 
 def _correction(
