@@ -45,7 +45,7 @@ def _partner_error(layer: nn.Module, partners: list[int]) -> float:
         (y, exact[start : start + len(x)]), (x.grad, pieces[mine].grad),
         (layer.running_mean, whole.running_mean), (layer.running_var, whole.running_var),
     ]  # fmt: skip
-    return max(float((a - b).abs().max()) for a, b in pairs) / 10.0  # values are of the order of 10
+    return max(float((a - b).detach().abs().max()) for a, b in pairs) / 10.0  # values are of the order of 10
 
 
 def _layer(process_group: Any = None) -> syncnorm.SyncBatchNorm1d:
