@@ -2,20 +2,22 @@
 
 from syncnorm.modules._batch_norm import BatchNorm
 from syncnorm.modules._batch_renorm import BatchRenorm1d, BatchRenorm2d, BatchRenorm3d
+from syncnorm.modules._group_norm import GroupNorm
 from syncnorm.modules._statistics import TARGETS, SyncStatistics, is_synced, register_swap
 from syncnorm.modules._sync_batch_norm import SyncBatchNorm, SyncBatchNorm1d, SyncBatchNorm2d, SyncBatchNorm3d
 
 __all__ = [
-    "TARGETS",
     "BatchNorm",
     "BatchRenorm1d",
     "BatchRenorm2d",
     "BatchRenorm3d",
+    "GroupNorm",
     "SyncBatchNorm",
     "SyncBatchNorm1d",
     "SyncBatchNorm2d",
     "SyncBatchNorm3d",
     "SyncStatistics",
+    "TARGETS",
     "is_synced",
     "register_swap",
 ]
