@@ -44,7 +44,8 @@ def train(when: str, precision: str = "64-true") -> dict[str, Any]:
 
 def train_all() -> dict[str, Any]:
     runs = {when: train(when) for when in ("before", "after", "never")}
-    return runs | {"bf16": train("before", "bf16-true"), "bf16, after": train("after", "bf16-true")}
+    runs |= {"bf16-true": train("before", "bf16-true"), "bf16-true, after": train("after", "bf16-true")}
+    return runs | {"bf16-mixed": train("before", "bf16-mixed")}
 
 
 @pytest.fixture(scope="module")
@@ -64,9 +65,9 @@ def test_without_it_the_same_comparison_fails(runs: list[dict[str, Any]]) -> Non
     assert distance(runs[0]["never"]["state"], by_hand()) > 1e-3
 
 
-@pytest.mark.parametrize("name", ["bf16", "bf16, after"])
+@pytest.mark.parametrize("name", ["bf16-true", "bf16-true, after", "bf16-mixed"])
 def test_statistics_stay_float32_under_bf16(runs: list[dict[str, Any]], name: str) -> None:
     one, other = (outcome[name] for outcome in runs)
-    assert one["state"]["net.0.weight"].dtype == torch.bfloat16
+    assert one["state"]["net.0.weight"].dtype == (torch.bfloat16 if "true" in name else torch.float32)
     assert one["dtypes"] == {torch.float32}
     assert distance(one["state"], other["state"]) == 0

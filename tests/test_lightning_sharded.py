@@ -155,6 +155,8 @@ CASES = {
         SameDataTraining(shard), SyncNorm(process_group="world"), tensor_parallel=2
     ),
     "fsdp2, each layer": each_layer,
+    "fsdp2, bf16": lambda: model_parallel(EarlyTraining(torch.float32), SyncNorm(), precision="bf16-true", max_steps=1),
+    "fsdp2, bf16, late": lambda: model_parallel(LateTraining(shard), SyncNorm(), precision="bf16-true", max_steps=1),
     "group norm": group_norm_too_late,
 }
 
@@ -210,6 +212,17 @@ def test_norms_that_are_sharded_themselves(case: Any, whole_batch: Any) -> None:
         assert fitted["after"] == ["FSDPBatchNorm2d", "FSDPBatchNorm1d"]
         assert distance(fitted["state"], whole_batch) < TOLERANCE
     assert run["usable"] == [True, True]
+
+
+@pytest.mark.parametrize("name", ["fsdp2, bf16", "fsdp2, bf16, late"])
+def test_statistics_stay_float32_under_bf16(case: Any, name: str) -> None:
+    run, exact = case(name), by_hand(steps=1)
+    assert run["during"] == SYNCED
+    assert set(run["dtypes"]) == {torch.float32}
+    assert run["state"]["net.0.weight"].dtype == torch.bfloat16
+    # The convolution rounds to 8 bits, its input too: 2^-8 each, on values of about 2 with momentum 0.1.
+    gap = (run["state"]["net.1.running_mean"].double() - exact["net.1.running_mean"]).abs().max()
+    assert gap < 2 * 2 * 2**-8 * 0.1
 
 
 def test_the_plugin_is_ignored_under_model_parallel(case: Any, whole_batch: Any) -> None:
