@@ -159,6 +159,9 @@ def _torch_serves(input: Tensor, weight: Tensor | None, bias: Tensor | None, run
     cumulative = running.momentum is None and running.mean is not None and running.num_batches_tracked is not None
     if cumulative and (input.device.type != "cpu" or torch.compiler.is_compiling()):
         return False  # torch reads its counter on the host here; the walk over a group of one gives the same average
+    tracks = running.mean is not None or running.num_batches_tracked is not None
+    if tracks and not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+        return False  # torch cannot move its statistics inside torch.func's transforms; the walk does so beneath them
     return _fits(input, weight, bias, running.mean, running.var)
 
 
