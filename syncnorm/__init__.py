@@ -11,7 +11,15 @@ from syncnorm.conversion import convert, disabled, no_stats_update, plan, regist
 from syncnorm.diagnostics import explain, inspect
 from syncnorm.distributed import loss_weight
 from syncnorm.errors import SyncNormError, SyncNormMismatch
-from syncnorm.modules import GroupNorm, SyncBatchNorm, SyncBatchNorm1d, SyncBatchNorm2d, SyncBatchNorm3d
+from syncnorm.modules import (
+    GroupNorm,
+    LayerNorm,
+    RMSNorm,
+    SyncBatchNorm,
+    SyncBatchNorm1d,
+    SyncBatchNorm2d,
+    SyncBatchNorm3d,
+)
 
 if TYPE_CHECKING:
     from syncnorm.diagnostics import verify as verify
@@ -20,6 +28,8 @@ if TYPE_CHECKING:
 
 __all__ = [
     "GroupNorm",
+    "LayerNorm",
+    "RMSNorm",
     "SyncBatchNorm",
     "SyncBatchNorm1d",
     "SyncBatchNorm2d",

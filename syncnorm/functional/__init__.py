@@ -2,10 +2,14 @@
 
 from syncnorm.functional._batch_renorm import batch_renorm
 from syncnorm.functional._group_norm import group_norm
+from syncnorm.functional._layer_norm import layer_norm
+from syncnorm.functional._rms_norm import rms_norm
 from syncnorm.functional._sync_batch_norm import sync_batch_norm
 
 __all__ = [
     "batch_renorm",
     "group_norm",
+    "layer_norm",
+    "rms_norm",
     "sync_batch_norm",
 ]

@@ -3,6 +3,8 @@
 from syncnorm.modules._batch_norm import BatchNorm
 from syncnorm.modules._batch_renorm import BatchRenorm1d, BatchRenorm2d, BatchRenorm3d
 from syncnorm.modules._group_norm import GroupNorm
+from syncnorm.modules._layer_norm import LayerNorm
+from syncnorm.modules._rms_norm import RMSNorm
 from syncnorm.modules._statistics import TARGETS, SyncStatistics, is_synced, register_swap
 from syncnorm.modules._sync_batch_norm import SyncBatchNorm, SyncBatchNorm1d, SyncBatchNorm2d, SyncBatchNorm3d
 
@@ -12,6 +14,8 @@ __all__ = [
     "BatchRenorm2d",
     "BatchRenorm3d",
     "GroupNorm",
+    "LayerNorm",
+    "RMSNorm",
     "SyncBatchNorm",
     "SyncBatchNorm1d",
     "SyncBatchNorm2d",
