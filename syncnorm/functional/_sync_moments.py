@@ -1,0 +1,200 @@
+"""Mean and variance over all ranks as differentiable values, for norms that mix them with others before they normalise.
+
+Batch normalisation itself has a walk of its own, which never forms these gradients. Here the ranks meet once forward and
+once backward, too, and the backward is differentiable as often as one likes.
+"""
+
+# N batch, C channels, S flattened space
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+
+from syncnorm.core.layout import accumulate_dtype, count_per_channel, flatten
+from syncnorm.core.moments import Moments, at_least_one, empty_moments
+from syncnorm.core.running import RunningStatistics, update_running
+from syncnorm.distributed.exchange import exchange_moments, exchange_sums
+from syncnorm.distributed.groups import Group
+from syncnorm.functional._checkpoint import is_recomputing, recall, remember, unseen_by_selective_checkpointing
+from syncnorm.functional._sync_batch_norm import needs_grad
+from syncnorm.kernels import choose
+
+__all__ = ["beside", "instance_moments", "sync_moments"]
+
+
+def sync_moments(
+    x: Tensor,
+    group: Group,
+    *,
+    within: Tensor | None = None,
+    size: int = 1,
+    running: RunningStatistics | None = None,
+    backend: str = "auto",
+    site: object = None,
+    refuse_one_value: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """Mean and biased variance per channel over everything but channels and over all ranks, with their gradients.
+
+    With M the number of values on all ranks and ∂μ, ∂σ² summed over ranks, dx = (∂μ + 2(x - μ)∂σ²)/M. One all-reduce
+    forward, of the moments, and one backward, of the two cotangents; none in a group of one.
+
+    ``x`` may also hold the means of equal parts, of ``size`` values each and with the variances ``within``: the result is
+    that of all their values. A norm that has the moments of each sample already need not read its input again.
+
+    Args:
+        x: ``[N, C, *]``, any floating dtype and layout; shards may be uneven or empty.
+        group: The ranks that meet; each of them must make this call.
+        within: Variance within each part, like ``x``; None if ``x`` holds single values.
+        size: Values per part.
+        running: Moved towards the result, in place, once per batch (not by a checkpointed recompute).
+        backend: Kernel backend for the local moments.
+        site: Identity of the layer, by which a checkpointed recompute finds its forward.
+        refuse_one_value: Whether a single value per channel on all ranks together is an error.
+
+    Returns:
+        μ and σ², float64 ``[C]``, the same bits on all ranks; zeros if all shards are empty.
+
+    Raises:
+        ValueError: On every rank, for a single value with ``refuse_one_value``; nothing has been changed then.
+        SyncNormMismatch: If ranks disagree on the backward to come, or another rank refused its input.
+    """
+    call = _Call(group, size, backend, needs_grad(x, within), site, refuse_one_value)
+    if not torch.compiler.is_compiling():
+        mean, var, _ = _SyncMoments.apply(x, within, call, running)  # type: ignore[no-untyped-call]
+        return mean, var
+    mean, var, count = _SyncMoments.apply(x, within, call, None)  # type: ignore[no-untyped-call]
+    if refuse_one_value and count_per_channel(x) * size <= 1 and isinstance(count, Tensor):
+        torch._assert_async(count != 1, _ONE_VALUE)
+    if running is not None:
+        update_running(running, Moments(count.detach(), mean.detach(), (var * count).detach()))
+    return mean, var
+
+
+def instance_moments(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and biased variance of each sample and channel of ``x`` [N, C, *] over space, ``[N, C]``, at least float32.
+
+    A single value is its own mean and has variance 0. Without any value both are 0.
+    """
+    x = x.to(accumulate_dtype(x.dtype))
+    if x.dim() == 2:
+        return x, torch.zeros_like(x)
+    dims = list(range(2, x.dim()))
+    if not x.numel():
+        zeros = x.sum(dims)
+        return zeros, zeros
+    var, mean = torch.var_mean(x, dims, correction=0)
+    return mean, var
+
+
+def beside(vector: Tensor, x: Tensor) -> Tensor:
+    """View ``vector`` [C] or [N, C] so that it broadcasts over ``x`` [N, C, *]."""
+    return vector.reshape(*vector.shape, *[1] * (x.dim() - 2))
+
+
+class _Call(NamedTuple):
+    group: Group
+    size: int
+    backend: str
+    needs_backward: bool
+    site: object
+    refuse_one_value: bool
+
+
+class _SyncMoments(Function):
+    @staticmethod
+    def forward(
+        x: Tensor, within: Tensor | None, call: _Call, running: RunningStatistics | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        recomputing = is_recomputing()
+        with unseen_by_selective_checkpointing():
+            moments, _ = (recall(call.site) if recomputing else None) or (None, ())
+            if moments is None:
+                local = _local_moments(x, within, call)
+                moments = exchange_moments(local, call.group, needs_backward=call.needs_backward)
+                if call.refuse_one_value:
+                    _check_more_than_one(moments.count, local.count)
+            if not recomputing and not torch.compiler.is_compiling():
+                remember(call.site, (moments, ()))
+                if running is not None:
+                    update_running(running, moments)
+            count = moments.count
+            if not isinstance(count, Tensor):
+                count = moments.mean.new_full((), count)
+            # Copies: a record that a checkpoint keeps must not be an output of this graph.
+            return moments.mean.clone(), moments.var, count
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
+        x, within, ctx.call, _ = inputs
+        mean, _, count = output
+        ctx.mark_non_differentiable(count)
+        ctx.within_dtype = None if within is None else within.dtype
+        ctx.save_for_backward(x, mean, count)
+
+    @staticmethod
+    def backward(ctx: Any, grad_mean: Tensor, grad_var: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        # Differentiable operations only, and the saved mean leads back into this very node: its own derivative, and the
+        # next one, follow of themselves.
+        x, mean, count = ctx.saved_tensors
+        call: _Call = ctx.call
+        sums = _sum_over_ranks(torch.stack([grad_mean, grad_var]), call.group)
+        scaled = (sums * (call.size / at_least_one(count))).to(accumulate_dtype(x.dtype))
+        to_mean, to_var = (beside(row, x) for row in scaled.unbind(0))
+        centred = x.to(scaled.dtype) - beside(mean.to(scaled.dtype), x)
+        dx = (to_mean + 2 * to_var * centred).to(x.dtype)
+        dwithin = None if ctx.within_dtype is None else to_var.expand_as(x).to(ctx.within_dtype)
+        return dx, dwithin, None, None
+
+
+class _AllReduce(Function):
+    """The sum over ranks of a tensor that differs between them. Its derivative is the same sum of the cotangents."""
+
+    @staticmethod
+    def forward(row: Tensor, group: Group) -> Tensor:
+        return exchange_sums(row.clone(), group)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.group = inputs[1]
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return _sum_over_ranks(grad, ctx.group), None
+
+
+def _sum_over_ranks(row: Tensor, group: Group) -> Tensor:
+    if group.size == 1:
+        return row
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        total: Tensor = _AllReduce.apply(row, group)  # type: ignore[no-untyped-call]
+        return total
+    return exchange_sums(row.clone(), group)
+
+
+def _local_moments(x: Tensor, within: Tensor | None, call: _Call) -> Moments:
+    if not x.numel() or not call.size:
+        return empty_moments(x.size(1), x.device)
+    count, mean, m2 = choose(call.backend, x).batch_moments(flatten(x))
+    if within is not None:
+        m2 = m2 + within.transpose(0, 1).flatten(1).sum(1, dtype=torch.float64)
+    return Moments(count * call.size, mean, m2 * call.size)
+
+
+_ONE_VALUE = "expected more than 1 value per channel in the whole group when training, got 1"
+
+
+def _check_more_than_one(count: Tensor | float, local: Tensor | float) -> None:
+    # A rank with two values knows the answer, so a count on an accelerator is read only where this rank has at most one.
+    if not isinstance(local, Tensor) and local > 1:
+        return
+    if isinstance(count, Tensor):
+        if torch.compiler.is_compiling() or (count.is_cuda and torch.cuda.is_current_stream_capturing()):
+            return
+        count = count.item()
+    if count == 1:
+        raise ValueError(
+            f"{_ONE_VALUE}. Variance needs two: use a larger batch or map, more ranks per group, or a norm that does not "
+            "use the batch (syncnorm.convert(model, to='group_norm'))."
+        )
