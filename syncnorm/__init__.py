@@ -12,6 +12,15 @@ from syncnorm.diagnostics import explain, inspect
 from syncnorm.distributed import loss_weight
 from syncnorm.errors import SyncNormError, SyncNormMismatch
 from syncnorm.modules import (
+    BatchRenorm1d,
+    BatchRenorm2d,
+    BatchRenorm3d,
+    FrozenBatchNorm1d,
+    FrozenBatchNorm2d,
+    FrozenBatchNorm3d,
+    GhostBatchNorm1d,
+    GhostBatchNorm2d,
+    GhostBatchNorm3d,
     GroupNorm,
     LayerNorm,
     RMSNorm,
@@ -27,6 +36,15 @@ if TYPE_CHECKING:
     from syncnorm.lightning import SyncNormPlugin as SyncNormPlugin
 
 __all__ = [
+    "BatchRenorm1d",
+    "BatchRenorm2d",
+    "BatchRenorm3d",
+    "FrozenBatchNorm1d",
+    "FrozenBatchNorm2d",
+    "FrozenBatchNorm3d",
+    "GhostBatchNorm1d",
+    "GhostBatchNorm2d",
+    "GhostBatchNorm3d",
     "GroupNorm",
     "LayerNorm",
     "RMSNorm",

@@ -65,7 +65,8 @@ BAD: list[tuple[dict[str, Any], type[Exception], str]] = [
     (
         {"to": "groupnorm"},
         ValueError,
-        "to must be one of ['sync_batch_norm', 'group_norm', 'layer_norm', 'instance_norm'], got 'groupnorm'. "
+        "to must be one of ['sync_batch_norm', 'batch_renorm', 'ghost_batch_norm', 'frozen_batch_norm', 'group_norm', "
+        "'layer_norm', 'instance_norm'], got 'groupnorm'. "
         "Did you mean 'group_norm'?",
     ),
     (
@@ -82,7 +83,7 @@ BAD: list[tuple[dict[str, Any], type[Exception], str]] = [
     (
         {"to": "layer_norm", "process_group": "world"},
         TypeError,
-        "got process_group='world'. It belongs to sync_batch_norm.",
+        "got process_group='world'. It belongs to sync_batch_norm and batch_renorm and ghost_batch_norm.",
     ),
     ({"to": "group_norm", "num_groups": 0}, ValueError, "num_groups is a number of groups, at least 1; got 0."),
     (

@@ -10,7 +10,7 @@ from torch import nn
 
 from syncnorm.conversion._layers import qualified_type
 from syncnorm.conversion._timm import sync_batch_norm_act
-from syncnorm.modules import TARGETS, SyncBatchNorm, SyncStatistics, register_swap
+from syncnorm.modules import FAMILIES, TARGETS, SyncBatchNorm, SyncStatistics, register_swap
 from syncnorm.modules._sharded import is_sharded, sharded_like
 
 __all__ = ["LEFTOVERS", "register_adapter", "target_of"]
@@ -74,6 +74,12 @@ def target_of(source: type[nn.Module]) -> type[SyncStatistics] | None:
             if plain is not None:
                 TARGETS[source] = cast(type[SyncStatistics], sharded_like(plain, source))
     return TARGETS.get(source)
+
+
+def target_in_family(source: type[nn.Module], to: str) -> type[SyncStatistics] | None:
+    """The class of family ``to`` that exactly ``source``, torch's or of another family, is swapped to; None if none is."""
+    plain = source.reverts_to if issubclass(source, SyncStatistics) and source.family != to else source
+    return target_of(plain) if to == "sync_batch_norm" else FAMILIES[to].get(plain)
 
 
 def _register(source: type[nn.Module], target: type[SyncStatistics]) -> None:

@@ -5,7 +5,7 @@ from typing import Any, cast
 
 from torch import nn
 
-from syncnorm.conversion._adapters import target_of
+from syncnorm.conversion._adapters import target_in_family
 from syncnorm.conversion._layers import display
 from syncnorm.conversion._plan import Plan, plan, shorten, skipped_text
 from syncnorm.conversion._replace import build_replacement, like_tensor, put
@@ -27,7 +27,8 @@ def convert(
 ) -> nn.Module:
     """Convert the batch norms of a model, in place; :func:`syncnorm.revert` undoes it exactly.
 
-    To ``"sync_batch_norm"`` a layer stays the same object and changes its class: parameters, buffers, hooks, names,
+    To a family of batch statistics (``"sync_batch_norm"``, ``"batch_renorm"``, ``"ghost_batch_norm"``,
+    ``"frozen_batch_norm"``) a layer stays the same object and changes its class: parameters, buffers, hooks, names,
     training flags and every reference to it stay. It works before and after DDP, under FSDP and with
     ``torch.compile``, any number of times. To another kind of norm, a new module takes the place of the old one under
     every name it has; weight and bias are the same ``Parameter`` objects, hooks stay, and a batch norm's checkpoint
@@ -39,22 +40,23 @@ def convert(
 
     Args:
         model: Any module; also one that is itself a batch norm.
-        to: ``"sync_batch_norm"``; ``"group_norm"``; ``"layer_norm"`` (over channels and space, as a group norm of one
+        to: ``"sync_batch_norm"``; ``"batch_renorm"``; ``"ghost_batch_norm"``; ``"frozen_batch_norm"``; ``"group_norm"``; ``"layer_norm"`` (over channels and space, as a group norm of one
             group: right for any rank of input); ``"instance_norm"`` (without running statistics).
         include: Convert only these: a glob on the qualified name (``*`` matches dots too; the ``module.`` of DDP and
             the like may be left out), a module type, a callable ``(name, module) -> bool``, or a sequence of them.
             None means all.
         exclude: Leave these; as ``include``, and stronger.
         process_group: Which ranks share statistics, as in :class:`syncnorm.SyncBatchNorm`. None means all ranks, and
-            for a layer that has a group, that one. Only for ``"sync_batch_norm"``.
+            for a layer that has a group, that one. Only where statistics are of a batch.
         strict: Raise, and change nothing, where a layer would be left with a warning.
         **options: For ``"sync_batch_norm"``: ``backend="auto"`` and ``accumulate=1``, as in
-            :class:`syncnorm.SyncBatchNorm`. For ``"group_norm"``: ``num_groups=32``; where it does not divide the
-            channels, the greatest common divisor is taken and said. For all but ``"sync_batch_norm"``:
+            :class:`syncnorm.SyncBatchNorm`. For ``"batch_renorm"``: ``r_max=3``, ``d_max=5`` and ``backend``. For
+            ``"ghost_batch_norm"``: ``virtual_batch_size``, which it needs, and ``backend``. For ``"group_norm"``: ``num_groups=32``; where it does not divide the
+            channels, the greatest common divisor is taken and said. For the norms without a batch:
             ``affine=None`` (a weight and bias where the layer has them; True adds, False drops them).
 
     Returns:
-        ``model``. Only where the model is itself a batch norm and not converted to ``"sync_batch_norm"``, the new
+        ``model``. Only where the model is itself a batch norm and converted to a norm without a batch, the new
         module.
 
     Raises:
@@ -74,7 +76,8 @@ def convert(
     for entry in made.entries:
         if entry.action == "swap":
             module = entry._layer.module
-            own = type(module) if isinstance(module, SyncStatistics) else target_of(type(module))
+            stays = isinstance(module, SyncStatistics) and module.family == to
+            own = type(module) if stays else target_in_family(type(module), to)
             cast(type[SyncStatistics], own).adopt(module, **made.options)
         elif entry.action == "replace":
             new = build_replacement(entry._layer.module, to, made.options, like[id(entry._layer.module)])

@@ -6,17 +6,31 @@ from typing import Any, Literal, get_args
 from syncnorm.distributed import group_spec
 from syncnorm.kernels import BACKENDS
 
-__all__ = ["TARGET_OPTIONS", "To", "check_options"]
+__all__ = ["STATISTICS_FAMILIES", "TARGET_OPTIONS", "To", "check_options"]
 
-To = Literal["sync_batch_norm", "group_norm", "layer_norm", "instance_norm"]
+To = Literal[
+    "sync_batch_norm",
+    "batch_renorm",
+    "ghost_batch_norm",
+    "frozen_batch_norm",
+    "group_norm",
+    "layer_norm",
+    "instance_norm",
+]
 
 TARGET_OPTIONS: dict[str, tuple[str, ...]] = {
     "sync_batch_norm": ("process_group", "backend", "accumulate"),
+    "batch_renorm": ("process_group", "backend", "r_max", "d_max"),
+    "ghost_batch_norm": ("process_group", "backend", "virtual_batch_size"),
+    "frozen_batch_norm": (),
     "group_norm": ("num_groups", "affine"),
     "layer_norm": ("affine",),
     "instance_norm": ("affine",),
 }
 assert set(TARGET_OPTIONS) == set(get_args(To))
+
+STATISTICS_FAMILIES = ("sync_batch_norm", "batch_renorm", "ghost_batch_norm", "frozen_batch_norm")
+"""Targets with batch norm's state-dict keys: a layer is the same object with another class."""
 
 
 def check_options(to: str, options: dict[str, Any]) -> None:
@@ -40,7 +54,16 @@ def check_options(to: str, options: dict[str, Any]) -> None:
     backend = options.get("backend", "auto")
     if backend != "auto" and backend not in BACKENDS:
         raise ValueError(f"backend must be one of {['auto', *BACKENDS]}, got {backend!r}.")
-    for name, counted in (("accumulate", "micro-batches"), ("num_groups", "groups")):
+    if to == "ghost_batch_norm" and "virtual_batch_size" not in options:
+        raise TypeError(
+            "to='ghost_batch_norm' needs virtual_batch_size=n, the number of samples that share a statistic."
+        )
+    for name, least in (("r_max", 1), ("d_max", 0)):
+        value = options.get(name, least)
+        if not isinstance(value, (int, float)) or not value >= least:
+            raise ValueError(f"{name} must be a number of at least {least}, got {value!r}.")
+    counts = (("accumulate", "micro-batches"), ("num_groups", "groups"), ("virtual_batch_size", "samples"))
+    for name, counted in counts:
         value = options.get(name, 1)
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             raise ValueError(f"{name} is a number of {counted}, at least 1; got {value!r}.")

@@ -5,9 +5,10 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import nn
 
-from syncnorm.conversion._adapters import LEFTOVERS, target_of
+from syncnorm.conversion._adapters import LEFTOVERS, target_in_family, target_of
 from syncnorm.conversion._layers import Layer, class_names, origin_of, qualified_type
 from syncnorm.conversion._replace import describe_norm, num_groups_for, replacement_name
+from syncnorm.conversion._targets import STATISTICS_FAMILIES, TARGET_OPTIONS
 from syncnorm.distributed import group_spec
 from syncnorm.modules import BatchNorm, SyncBatchNorm, SyncBatchNorm1d, SyncBatchNorm2d, SyncBatchNorm3d, SyncStatistics
 
@@ -38,7 +39,7 @@ def judge(layer: Layer, to: str, options: dict[str, Any]) -> Verdict:
     obstacle = _obstacle(layer)
     if obstacle is not None:
         return Verdict("skip", kept, obstacle)
-    return _swap(module, options) if to == "sync_batch_norm" else _replace(layer, to, options)
+    return _swap(module, to, options) if to in STATISTICS_FAMILIES else _replace(layer, to, options)
 
 
 def _obstacle(layer: Layer) -> str | None:
@@ -64,20 +65,29 @@ def _obstacle(layer: Layer) -> str | None:
     return None
 
 
-def _swap(module: nn.Module, options: dict[str, Any]) -> Verdict:
-    if isinstance(module, SyncStatistics):
+def _swap(module: nn.Module, to: str, options: dict[str, Any]) -> Verdict:
+    if isinstance(module, SyncStatistics) and module.family == to:
         news = []
         group = options.get("process_group")
         if group is not None and group_spec(group) != module._group_spec:
             news.append(f"process_group={group_spec(group)}")
-        news += [f"{name}={options[name]}" for name in ("backend", "accumulate") if _differs(module, name, options)]
+        news += [f"{name}={options[name]}" for name in TARGET_OPTIONS[to][1:] if _differs(module, name, options)]
         own = type(module).__name__
         return (
             Verdict("swap", own, f"new settings: {', '.join(news)}")
             if news
-            else Verdict("keep", own, "synchronised already")
+            else Verdict("keep", own, "synchronised already" if to == "sync_batch_norm" else "there already")
         )
-    target = cast(type[SyncStatistics], target_of(type(module)))
+    target = target_in_family(type(module), to)
+    if target is None:
+        own = type(module).__name__
+        return Verdict(
+            "skip", own, f"{own} has no counterpart in {to}, which is for BatchNorm1d, 2d and 3d; exclude it"
+        )
+    if to == "frozen_batch_norm":
+        return Verdict("swap", target.__name__, "statistics and affine parameters stay as they are")
+    if isinstance(module, SyncStatistics):
+        return Verdict("swap", target.__name__, f"from {module.family}")
     group = options.get("process_group")
     if group is None and module.__dict__.get("process_group") is not None:
         return Verdict("swap", target.__name__, f"group {group_spec(module.__dict__['process_group'])}, as it had")

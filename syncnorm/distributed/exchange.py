@@ -14,7 +14,7 @@ from syncnorm.distributed.collectives import all_reduce_sum
 from syncnorm.distributed.groups import Group
 from syncnorm.errors import SyncNormMismatch
 
-__all__ = ["exchange_moments", "exchange_sums", "send_poison"]
+__all__ = ["exchange_moments", "exchange_row", "exchange_sums", "send_poison"]
 
 # The agreement word of a rank: 0 without a backward to come, 1 with one, POISON if its input was refused. Its sum over R
 # ranks is 0 or R if all agree. Exact in float64 for any number of ranks.
@@ -35,13 +35,32 @@ def exchange_moments(local: Moments, group: Group, *, needs_backward: bool) -> M
     """
     if group.size == 1:
         return local
-    row = torch.cat([to_sums(local), local.mean.new_full((1,), float(needs_backward))])
-    row = all_reduce_sum(row, group.name)
+    row, count = exchange_row(to_sums(local), group, needs_backward=needs_backward)
+    return from_sums(row, count)
+
+
+def exchange_row(row: Tensor, group: Group, *, needs_backward: bool) -> tuple[Tensor, float | None]:
+    """Sum a row whose first word is a count over the ranks, with the word of agreement behind it.
+
+    Args:
+        row: float64 ``[2C + 1]``.
+        group: The ranks that meet.
+        needs_backward: Whether a backward exchange follows on this rank.
+
+    Returns:
+        The summed row, and its first word where the host may read it.
+
+    Raises:
+        SyncNormMismatch: As :func:`exchange_moments`.
+    """
+    if group.size == 1:
+        return row, None
+    row = all_reduce_sum(torch.cat([row, row.new_full((1,), float(needs_backward))]), group.name)
     if torch.compiler.is_compiling() or row.device.type != "cpu" or type(row) is not Tensor:
-        return from_sums(row[:-1])
+        return row[:-1], None
     words = row.numpy()  # host memory: two reads of it are no tensor operations and wait for nothing
     _check_agreement(float(words[-1]), group, needs_backward)
-    return from_sums(row[:-1], float(words[0]))
+    return row[:-1], float(words[0])
 
 
 def exchange_sums(local: Tensor, group: Group) -> Tensor:

@@ -100,7 +100,6 @@ def group_spec(process_group: Any) -> GroupSpec:
     )
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator, unused-ignore]
 def resolve(spec: GroupSpec) -> Group:
     """The live group of this rank for ``spec``; :data:`LOCAL` where there is no default process group.
 
@@ -111,6 +110,24 @@ def resolve(spec: GroupSpec) -> Group:
         SyncNormError: If this rank is outside the group, or the group no longer exists.
         ValueError: If the world cannot be cut into groups of the asked size.
     """
+    if torch.compiler.is_compiling():
+        return Group(_traced_name(spec), _traced_size(spec))
+    return _resolve(spec)
+
+
+# Literals, which Dynamo writes into its graph: an object would be kept under a global name that a second compilation of the
+# same code may lose.
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator, unused-ignore]
+def _traced_name(spec: GroupSpec) -> str:
+    return _resolve(spec).name
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator, unused-ignore]
+def _traced_size(spec: GroupSpec) -> int:
+    return _resolve(spec).size
+
+
+def _resolve(spec: GroupSpec) -> Group:
     if spec.kind == "outside":
         raise SyncNormError(
             "this rank is outside the process group that the layer was given, so it cannot take part in its statistics. "

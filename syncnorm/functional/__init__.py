@@ -1,6 +1,8 @@
 """Differentiable public functions: core mathematics, a kernel backend and the meeting of ranks, joined."""
 
 from syncnorm.functional._batch_renorm import batch_renorm
+from syncnorm.functional._frozen_batch_norm import frozen_batch_norm
+from syncnorm.functional._ghost_batch_norm import ghost_batch_norm
 from syncnorm.functional._group_norm import group_norm
 from syncnorm.functional._layer_norm import layer_norm
 from syncnorm.functional._rms_norm import rms_norm
@@ -8,6 +10,8 @@ from syncnorm.functional._sync_batch_norm import sync_batch_norm
 
 __all__ = [
     "batch_renorm",
+    "frozen_batch_norm",
+    "ghost_batch_norm",
     "group_norm",
     "layer_norm",
     "rms_norm",

@@ -2,6 +2,9 @@
 
 from syncnorm.modules._batch_norm import BatchNorm
 from syncnorm.modules._batch_renorm import BatchRenorm1d, BatchRenorm2d, BatchRenorm3d
+from syncnorm.modules._families import FAMILIES
+from syncnorm.modules._frozen_batch_norm import FrozenBatchNorm1d, FrozenBatchNorm2d, FrozenBatchNorm3d
+from syncnorm.modules._ghost_batch_norm import GhostBatchNorm1d, GhostBatchNorm2d, GhostBatchNorm3d
 from syncnorm.modules._group_norm import GroupNorm
 from syncnorm.modules._layer_norm import LayerNorm
 from syncnorm.modules._rms_norm import RMSNorm
@@ -13,6 +16,12 @@ __all__ = [
     "BatchRenorm1d",
     "BatchRenorm2d",
     "BatchRenorm3d",
+    "FrozenBatchNorm1d",
+    "FrozenBatchNorm2d",
+    "FrozenBatchNorm3d",
+    "GhostBatchNorm1d",
+    "GhostBatchNorm2d",
+    "GhostBatchNorm3d",
     "GroupNorm",
     "LayerNorm",
     "RMSNorm",
@@ -21,6 +30,7 @@ __all__ = [
     "SyncBatchNorm2d",
     "SyncBatchNorm3d",
     "SyncStatistics",
+    "FAMILIES",
     "TARGETS",
     "is_synced",
     "register_swap",

@@ -48,6 +48,7 @@ class _BatchRenorm(SyncStatistics):
     Reference: Ioffe (2017), arXiv:1702.03275, algorithm 1.
     """
 
+    family = "batch_renorm"
     _limits: Tensor
     _clip_rate: Tensor
 
@@ -69,11 +70,19 @@ class _BatchRenorm(SyncStatistics):
         super().__init__(
             num_features, eps, momentum, affine, True, process_group, device, dtype, bias=bias, backend=backend
         )
+        self._arrive(r_max, d_max)
+
+    def _arrive(self, r_max: float = 3.0, d_max: float = 5.0) -> None:
         # Tensors, so that a schedule causes neither recompilation nor a host sync; not persistent, so that the state dict
         # stays that of batch norm.
+        assert self.running_mean is not None
         for name in ("_limits", "_clip_rate"):
-            self.register_buffer(name, torch.zeros(2, dtype=torch.float64, device=device), persistent=False)
+            buffer = torch.zeros(2, dtype=torch.float64, device=self.running_mean.device)
+            self.register_buffer(name, buffer, persistent=False)
         self.r_max, self.d_max = r_max, d_max
+
+    def _leave(self) -> None:
+        self._drop_buffers("_limits", "_clip_rate")
 
     @property
     def r_max(self) -> float:

@@ -40,6 +40,7 @@ class SyncStatistics(_BatchNorm):
     """
 
     reverts_to: ClassVar[type[nn.Module]]
+    family: ClassVar[str] = "sync_batch_norm"
     input_dims: ClassVar[tuple[int, ...] | None] = None
 
     backend: str
@@ -122,15 +123,17 @@ class SyncStatistics(_BatchNorm):
         process_group: object = None,
         backend: str | None = None,
         accumulate: int | None = None,
+        **own: Any,
     ) -> nn.Module:
         """Make ``module`` a layer of this class, in place; :meth:`release` undoes it.
 
         Args:
-            module: A layer whose exact type has this class in :data:`TARGETS`, or one that is synchronised already and
-                then only takes the settings that are given.
+            module: A layer whose exact type has this class in :data:`TARGETS` (or, for the other families, is what the
+                class reverts to); a layer of another family; or one of this class, which takes the settings that are given.
             process_group: As in the constructor; None keeps the group of a layer that has one, and is ``"world"`` else.
             backend: As in the constructor; None keeps, or is ``"auto"``.
             accumulate: As in the constructor; None keeps, or is 1.
+            **own: What this family alone has, as in its constructor.
 
         Returns:
             The same object.
@@ -141,6 +144,14 @@ class SyncStatistics(_BatchNorm):
         _check_options(backend or "auto", 1 if accumulate is None else accumulate)
         spec = None if process_group is None else group_spec(process_group)
         if isinstance(module, SyncStatistics):
+            if type(module) is not cls and cls.family != module.family:
+                if cls.reverts_to is not module.reverts_to:
+                    raise TypeError(f"{cls.__name__} cannot take the place of {type(module).__name__}.")
+                module._leave()
+                module.__class__ = cls
+                module._arrive(**own)
+            elif own:
+                module._change(**own)
             if spec is not None:
                 module.process_group = spec
             if backend is not None:
@@ -148,10 +159,11 @@ class SyncStatistics(_BatchNorm):
             if accumulate is not None and accumulate != module.accumulate:
                 module._set_pending(accumulate)
             return module
-        if TARGETS.get(type(module)) is not cls:
+        sources = [t for t, target in TARGETS.items() if target is cls] or [cls.reverts_to]
+        if type(module) not in sources:
             raise TypeError(
-                f"{cls.__name__} takes the place of {[t.__name__ for t, target in TARGETS.items() if target is cls]} and "
-                f"nothing else, got {type(module).__name__}. register_adapter teaches it others."
+                f"{cls.__name__} takes the place of {[t.__name__ for t in sources]} and nothing else, got "
+                f"{type(module).__name__}. register_adapter teaches it others."
             )
         origin: type[nn.Module] = type(module)
         torch_group: GroupSpec | None = None
@@ -164,17 +176,17 @@ class SyncStatistics(_BatchNorm):
             statistic = layer._buffers.get(name)
             if statistic is not None and statistic.dtype in _HALVES:  # too coarse for a running average; see _apply
                 layer._buffers[name] = statistic.float()
+        layer._arrive(**own)
         return layer
 
     def release(self) -> nn.Module:
         """Give the layer its original class back, in place, and take away all that :meth:`adopt` added."""
+        self._leave()
         origin: type[nn.Module] = self._origin or self.reverts_to
         torch_group = self._torch_group
         for name in _OURS:
             self.__dict__.pop(name, None)
-        for name in _WIDE:
-            self._buffers.pop(name, None)
-            self._non_persistent_buffers_set.discard(name)
+        self._drop_buffers("_pending")
         for name in ("running_mean", "running_var"):
             statistic, weight = self._buffers.get(name), self._parameters.get("weight")
             if statistic is not None and weight is not None and weight.dtype in _HALVES:
@@ -213,6 +225,17 @@ class SyncStatistics(_BatchNorm):
         extra = [f"{name}={value}" for name, (value, default) in ours.items() if value != default]
         return ", ".join([super().extra_repr(), *extra])  # type: ignore[no-untyped-call]
 
+    def _change(self, *_: Any, **own: Any) -> None:
+        """Take new settings of this family."""
+        for name, value in own.items():
+            setattr(self, name, value)
+
+    def _arrive(self, *_: Any, **own: Any) -> None:
+        """Add what this family has beside the base: at the end of the constructor, and when a layer is adopted."""
+
+    def _leave(self) -> None:
+        """Take it away."""
+
     def _group(self) -> Group:
         if not self._sync:
             return LOCAL
@@ -242,12 +265,16 @@ class SyncStatistics(_BatchNorm):
 
     def _set_pending(self, accumulate: int) -> None:
         self.accumulate = accumulate
-        self._buffers.pop("_pending", None)
-        self._non_persistent_buffers_set.discard("_pending")
+        self._drop_buffers("_pending")
         if accumulate > 1:
             device = None if self.running_mean is None else self.running_mean.device
             pending = torch.zeros(2 * self.num_features + 2, dtype=torch.float64, device=device)
             self.register_buffer("_pending", pending, persistent=False)
+
+    def _drop_buffers(self, *names: str) -> None:
+        for name in names:
+            self._buffers.pop(name, None)
+            self._non_persistent_buffers_set.discard(name)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         # Half precision cannot hold a running average (momentum 0.1 moves it by less than its rounding), nor can it hold

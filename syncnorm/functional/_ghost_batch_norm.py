@@ -1,0 +1,128 @@
+"""Ghost batch normalisation: statistics of a chosen number of samples, whatever the batch of a rank."""
+
+import torch
+from torch import Tensor
+
+from syncnorm.core.layout import count_per_channel
+from syncnorm.core.moments import Moments
+from syncnorm.core.running import RunningStatistics, update_running
+from syncnorm.distributed.exchange import exchange_row, send_poison
+from syncnorm.distributed.groups import LOCAL, Group
+from syncnorm.functional._batch_normalize import Walk, batch_normalize_and_moments
+from syncnorm.functional._checkpoint import is_recomputing
+from syncnorm.functional._sync_batch_norm import enter, evaluate, needs_grad, validate
+
+__all__ = ["ghost_batch_norm"]
+
+
+def ghost_batch_norm(
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    virtual_batch_size: int,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float | None = 0.1,
+    eps: float = 1e-5,
+    *,
+    num_batches_tracked: Tensor | None = None,
+    group: object = "world",
+    ghost_group: Group = LOCAL,
+    backend: str = "auto",
+    num_features: int | None = None,
+    input_dims: tuple[int, ...] | None = None,
+    site: object = None,
+) -> Tensor:
+    """Normalise every ``virtual_batch_size`` samples by their own statistics; share γ, β and the running statistics.
+
+    The batch of a rank is cut into ghosts of ``virtual_batch_size`` samples. The last may be smaller; a last one with a
+    single value per channel joins the one before it. With a ``ghost_group`` of several ranks a ghost is the batch of these
+    ranks together, and nothing is cut.
+
+    The running statistics are the averages over the ghosts of *all* ranks of ``group``, of their means and of their
+    unbiased variances, weighted by samples: what a ghost is normalised by on average. (One update per step; the paper
+    updates once per ghost.) That takes one all-reduce forward; backward there is none but within a ``ghost_group``.
+
+    Args:
+        input: ``[N, C, *]``, any floating dtype and layout; shards may be uneven or empty.
+        running_mean: ``[C]`` or None; updated in place when training.
+        running_var: ``[C]`` or None.
+        virtual_batch_size: Samples per ghost.
+        weight: γ, ``[C]`` or None.
+        bias: β, ``[C]`` or None.
+        training: Use and update the statistics of the batch; otherwise evaluation, as batch norm.
+        momentum: Weight of the new batch in the running statistics; None for the cumulative average.
+        eps: Added to the variance.
+        num_batches_tracked: int64 scalar, counted up in place.
+        group: The ranks that share running statistics, as in :func:`sync_batch_norm`.
+        ghost_group: The ranks that make up one ghost.
+        backend: As in :func:`sync_batch_norm`.
+        num_features: As in :func:`sync_batch_norm`.
+        input_dims: As in :func:`sync_batch_norm`.
+        site: As in :func:`sync_batch_norm`.
+
+    Returns:
+        Tensor like ``input``.
+
+    Raises:
+        ValueError: If the input does not fit, or a whole ghost has one value per channel.
+        TypeError: If the input is not floating point.
+
+    Reference: Hoffer, Hubara & Soudry (2017), arXiv:1705.08741, algorithm 1.
+    """
+    if not training:
+        validate(input, num_features, input_dims)
+        return evaluate(input, running_mean, running_var, weight, bias, eps)
+    ranks = enter(input, eps, group, num_features, input_dims)
+    ghosts = _cut(input, virtual_batch_size) if ghost_group.size == 1 else (input,)
+    tracks = running_mean is not None or num_batches_tracked is not None
+    if ghost_group.size == 1 and count_per_channel(input) == 1:
+        if ranks.size > 1 and tracks and not torch.compiler.is_compiling():
+            send_poison(input.size(1), input.device, ranks)
+        raise ValueError(
+            f"expected more than 1 value per channel in a ghost when training, got an input {list(input.shape)}. Variance "
+            "needs two: use a larger batch, or one ghost over several ranks (a larger virtual_batch_size)."
+        )
+    walk = Walk(eps, ghost_group, backend, needs_grad(input, weight, bias), site)
+    outputs, moments = zip(
+        *(batch_normalize_and_moments(ghost, weight, bias, walk, None) for ghost in ghosts), strict=True
+    )
+    if tracks and not is_recomputing():
+        running = RunningStatistics(running_mean, running_var, num_batches_tracked, momentum)
+        update_running(running, _average(list(moments), ranks, share=1 / ghost_group.size))
+    return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+
+
+def _cut(input: Tensor, size: int) -> tuple[Tensor, ...]:
+    """Ghosts of ``size`` samples, none of which has a single value per channel unless the whole input has."""
+    samples, values = input.size(0), count_per_channel(input[:1])
+    if samples <= size:
+        return (input,)
+    sizes = [size] * (samples // size)
+    rest = samples % size
+    if rest * values == 1 or size * values == 1:
+        if size * values == 1:
+            raise ValueError(
+                f"virtual_batch_size={size} leaves one value per channel in a ghost of an input {list(input.shape)}; "
+                "variance needs two. Use a larger one."
+            )
+        sizes[-1] += rest
+    elif rest:
+        sizes.append(rest)
+    parts: tuple[Tensor, ...] = input.split(sizes)
+    return parts
+
+
+@torch.no_grad()
+def _average(ghosts: list[Moments], ranks: Group, *, share: float) -> Moments:
+    """Moments whose mean and unbiased variance are the averages over all ghosts of all ranks."""
+    # Ghosts that several ranks share count once: each rank brings its share.
+    row = sum(
+        torch.cat([g.mean.new_ones(1) * g.count, g.mean * g.count, g.unbiased_var * g.count]) * share for g in ghosts
+    )
+    assert isinstance(row, Tensor)
+    row, known = exchange_row(row, ranks, needs_backward=False)
+    count = row[0] if known is None else known
+    mean, var = (row[1:] / (count.clamp(min=1) if isinstance(count, Tensor) else max(count, 1.0))).view(2, -1).unbind(0)
+    return Moments(count, mean, var * (count - 1))

@@ -1,0 +1,103 @@
+"""Tier: no process. Between the families of batch statistics a layer only changes its class, and back."""
+
+import pytest
+import torch
+from torch import nn
+
+import syncnorm
+from syncnorm.modules import BatchRenorm2d, FrozenBatchNorm1d, FrozenBatchNorm2d, GhostBatchNorm2d, SyncBatchNorm2d
+from tests.oracles import randomise_affine
+
+STAGES = [
+    ("batch_renorm", {"r_max": 2.0, "d_max": 1.0}, BatchRenorm2d),
+    ("ghost_batch_norm", {"virtual_batch_size": 2}, GhostBatchNorm2d),
+    ("frozen_batch_norm", {}, FrozenBatchNorm2d),
+    ("sync_batch_norm", {}, SyncBatchNorm2d),
+]
+
+
+def model() -> nn.Sequential:
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4, eps=1e-4, momentum=0.2), nn.ReLU(), nn.BatchNorm2d(4))
+    randomise_affine(net)
+    net[1].bias.requires_grad_(False)
+    net[3].eval()
+    return net
+
+
+def snapshot(net: nn.Module) -> dict[str, object]:
+    kept: dict[str, object] = {f"id {name}": id(value) for name, value in net.state_dict(keep_vars=True).items()}
+    for name, module in net.named_modules():
+        fields = {k: v for k, v in vars(module).items() if k not in ("_parameters", "_buffers", "_modules")}
+        kept[name] = (type(module), module.training, sorted(fields), sorted(module._buffers), module.extra_repr())
+    return kept | {f"grad {name}": p.requires_grad for name, p in net.named_parameters()}
+
+
+@pytest.mark.parametrize("first", range(4))
+@pytest.mark.parametrize("second", range(4))
+def test_every_path_leads_back(first: int, second: int) -> None:
+    net = model()
+    before = snapshot(net)
+    for to, options, expected in (STAGES[first], STAGES[second]):
+        assert syncnorm.convert(net, to=to, **options) is net
+        assert type(net[1]) is type(net[3]) is expected
+        assert (net[1].eps, net[1].momentum, net[3].training) == (1e-4, 0.2, False)
+        assert {f"id {name}": id(v) for name, v in net.state_dict(keep_vars=True).items()}.items() <= before.items()
+        net(torch.randn(4, 3, 6, 6))
+    syncnorm.revert(net)
+    assert snapshot(net) == before
+
+
+def test_settings_of_a_family_change_in_place_and_are_idempotent() -> None:
+    net = syncnorm.convert(model(), to="batch_renorm")
+    assert (net[1].r_max, net[1].d_max) == (3.0, 5.0)
+    syncnorm.convert(net, to="batch_renorm", r_max=1.5)
+    assert (net[1].r_max, net[1].d_max) == (1.5, 5.0)
+    assert {entry.action for entry in syncnorm.plan(net, to="batch_renorm").entries} == {"keep"}
+
+
+def test_options_and_layers_that_do_not_fit_are_refused_or_named() -> None:
+    with pytest.raises(TypeError, match="to='ghost_batch_norm' needs virtual_batch_size=n"):
+        syncnorm.convert(model(), to="ghost_batch_norm")
+    with pytest.raises(ValueError, match=r"r_max must be a number of at least 1, got 0\.5"):
+        syncnorm.convert(model(), to="batch_renorm", r_max=0.5)
+    with pytest.raises(TypeError, match="takes the options"):
+        syncnorm.convert(model(), to="frozen_batch_norm", r_max=2.0)
+    with pytest.warns(UserWarning, match="SyncBatchNorm has no counterpart in batch_renorm"):
+        syncnorm.convert(nn.Sequential(nn.SyncBatchNorm(4), nn.BatchNorm2d(4)), to="batch_renorm")
+
+
+def test_frozen_computes_torchs_evaluation_in_every_mode_and_moves_nothing() -> None:
+    plain = nn.BatchNorm2d(3)
+    randomise_affine(plain)
+    plain(torch.randn(8, 3, 4, 4) * 2 + 1)
+    frozen = syncnorm.convert(nn.Sequential(plain), to="frozen_batch_norm")[0]
+    before = {name: value.clone() for name, value in frozen.state_dict().items()}
+    x = torch.randn(2, 3, 4, 4, requires_grad=True)
+    y = frozen.train()(x)
+    exact = nn.functional.batch_norm(
+        x, before["running_mean"], before["running_var"], before["weight"], before["bias"], False, 0.0, plain.eps
+    )
+    assert torch.equal(y, exact)
+    assert torch.equal(y, frozen.eval()(x))
+    y.sum().backward()
+    scale = before["weight"] / (before["running_var"] + plain.eps).sqrt()
+    torch.testing.assert_close(x.grad, scale.view(1, 3, 1, 1).expand_as(x))
+    assert frozen.weight.grad is None
+    assert all(torch.equal(value, before[name]) for name, value in frozen.state_dict().items())
+
+
+def test_a_fresh_frozen_layer_is_the_identity_and_takes_one_value() -> None:
+    x = torch.randn(1, 5)
+    torch.testing.assert_close(FrozenBatchNorm1d(5)(x), x, rtol=1e-6, atol=1e-6)
+    assert not any(p.requires_grad for p in FrozenBatchNorm1d(5).parameters())
+    with pytest.raises(
+        ValueError, match=r"FrozenBatchNorm1d\(5\): expected 5 channels in dim 1, got an input \[1, 4\]"
+    ):
+        FrozenBatchNorm1d(5)(torch.randn(1, 4))
+
+
+def test_half_models_keep_their_frozen_statistics() -> None:
+    net = syncnorm.convert(model(), to="frozen_batch_norm").bfloat16()
+    y = net(torch.randn(2, 3, 6, 6, dtype=torch.bfloat16))
+    assert y.dtype == torch.bfloat16
+    assert net[1].running_var.dtype == torch.float32
