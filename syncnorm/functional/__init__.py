@@ -4,6 +4,7 @@ from syncnorm.functional._batch_renorm import batch_renorm
 from syncnorm.functional._frozen_batch_norm import frozen_batch_norm
 from syncnorm.functional._ghost_batch_norm import ghost_batch_norm
 from syncnorm.functional._group_norm import group_norm
+from syncnorm.functional._instance_norm import instance_norm
 from syncnorm.functional._layer_norm import layer_norm
 from syncnorm.functional._rms_norm import rms_norm
 from syncnorm.functional._sync_batch_norm import sync_batch_norm
@@ -13,6 +14,7 @@ __all__ = [
     "frozen_batch_norm",
     "ghost_batch_norm",
     "group_norm",
+    "instance_norm",
     "layer_norm",
     "rms_norm",
     "sync_batch_norm",

@@ -6,6 +6,7 @@ from syncnorm.modules._families import FAMILIES
 from syncnorm.modules._frozen_batch_norm import FrozenBatchNorm1d, FrozenBatchNorm2d, FrozenBatchNorm3d
 from syncnorm.modules._ghost_batch_norm import GhostBatchNorm1d, GhostBatchNorm2d, GhostBatchNorm3d
 from syncnorm.modules._group_norm import GroupNorm
+from syncnorm.modules._instance_norm import InstanceNorm1d, InstanceNorm2d, InstanceNorm3d
 from syncnorm.modules._layer_norm import LayerNorm
 from syncnorm.modules._rms_norm import RMSNorm
 from syncnorm.modules._statistics import TARGETS, SyncStatistics, is_synced, register_swap
@@ -23,6 +24,9 @@ __all__ = [
     "GhostBatchNorm2d",
     "GhostBatchNorm3d",
     "GroupNorm",
+    "InstanceNorm1d",
+    "InstanceNorm2d",
+    "InstanceNorm3d",
     "LayerNorm",
     "RMSNorm",
     "SyncBatchNorm",
