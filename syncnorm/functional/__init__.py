@@ -1,6 +1,7 @@
 """Differentiable public functions: core mathematics, a kernel backend and the meeting of ranks, joined."""
 
 from syncnorm.functional._batch_renorm import batch_renorm
+from syncnorm.functional._filter_response_norm import filter_response_norm, thresholded_linear_unit
 from syncnorm.functional._frozen_batch_norm import frozen_batch_norm
 from syncnorm.functional._ghost_batch_norm import ghost_batch_norm
 from syncnorm.functional._group_norm import group_norm
@@ -11,6 +12,7 @@ from syncnorm.functional._sync_batch_norm import sync_batch_norm
 
 __all__ = [
     "batch_renorm",
+    "filter_response_norm",
     "frozen_batch_norm",
     "ghost_batch_norm",
     "group_norm",
@@ -18,4 +20,5 @@ __all__ = [
     "layer_norm",
     "rms_norm",
     "sync_batch_norm",
+    "thresholded_linear_unit",
 ]

@@ -3,6 +3,7 @@
 from syncnorm.modules._batch_norm import BatchNorm
 from syncnorm.modules._batch_renorm import BatchRenorm1d, BatchRenorm2d, BatchRenorm3d
 from syncnorm.modules._families import FAMILIES
+from syncnorm.modules._filter_response_norm import TLU, FilterResponseNorm
 from syncnorm.modules._frozen_batch_norm import FrozenBatchNorm1d, FrozenBatchNorm2d, FrozenBatchNorm3d
 from syncnorm.modules._ghost_batch_norm import GhostBatchNorm1d, GhostBatchNorm2d, GhostBatchNorm3d
 from syncnorm.modules._group_norm import GroupNorm
@@ -17,6 +18,7 @@ __all__ = [
     "BatchRenorm1d",
     "BatchRenorm2d",
     "BatchRenorm3d",
+    "FilterResponseNorm",
     "FrozenBatchNorm1d",
     "FrozenBatchNorm2d",
     "FrozenBatchNorm3d",
@@ -36,6 +38,7 @@ __all__ = [
     "SyncStatistics",
     "FAMILIES",
     "TARGETS",
+    "TLU",
     "is_synced",
     "register_swap",
 ]

@@ -1,0 +1,70 @@
+"""Filter response norm, and the thresholded linear unit that follows it."""
+
+# N batch, C channels
+
+import torch
+from torch import Tensor
+
+from syncnorm.functional._inputs import accumulate_dtype, check_channels, over_dim
+
+__all__ = ["filter_response_norm", "thresholded_linear_unit"]
+
+
+def filter_response_norm(
+    input: Tensor,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-6,
+    *,
+    learned_eps: Tensor | None = None,
+) -> Tensor:
+    """Divide each channel of each sample by its root mean square over space: ``y = x / sqrt(ν² + ε) · γ + β``.
+
+    Without spatial extent ν² is x² and the division leaves little but a sign, which is what ε is learned for.
+
+    Args:
+        input: ``[N, C, *]``, any floating dtype, any layout; N may be 0.
+        weight: γ, ``[C]`` or None.
+        bias: β, ``[C]`` or None.
+        eps: ε, or its constant part.
+        learned_eps: ε_l, a scalar or ``[C]``, or None. Then ε = eps + abs(ε_l).
+
+    Returns:
+        Tensor like ``input``, in its dtype and layout. Squares are taken in at least float32: 300² is beyond float16.
+
+    Raises:
+        ValueError: If C does not fit the vectors.
+        TypeError: If the input is not floating point.
+
+    Reference: Singh & Krishnan (2020), equations 1 to 3, and section 3.1 for the learned ε.
+    """
+    vector = weight if weight is not None else bias
+    check_channels("filter_response_norm", input, None if vector is None else vector.numel())
+    x = input.to(accumulate_dtype(input.dtype))
+    nu2 = x.square().mean(tuple(range(2, x.dim())), keepdim=True) if x.dim() > 2 else x.square()
+    if learned_eps is None:
+        scale = torch.rsqrt(nu2 + eps)
+    else:
+        scale = torch.rsqrt(nu2 + (eps + over_dim(learned_eps.to(x.dtype).abs(), x, 1)))
+    y = x * (scale if weight is None else scale * over_dim(weight, x, 1))
+    return (y if bias is None else y + over_dim(bias, x, 1)).to(input.dtype)
+
+
+def thresholded_linear_unit(input: Tensor, threshold: Tensor) -> Tensor:
+    """A ReLU with a learned threshold: ``z = max(y, τ)``. Where y = τ each gets half of the gradient.
+
+    Args:
+        input: y, ``[N, C, *]``.
+        threshold: τ, ``[C]``.
+
+    Returns:
+        Tensor like ``input``, in its dtype and layout.
+
+    Raises:
+        ValueError: If C does not fit.
+        TypeError: If the input is not floating point.
+
+    Reference: Singh & Krishnan (2020), equation 4.
+    """
+    check_channels("thresholded_linear_unit", input, threshold.numel())
+    return torch.maximum(input, over_dim(threshold.to(input.dtype), input, 1))
