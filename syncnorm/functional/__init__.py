@@ -1,6 +1,7 @@
 """Differentiable public functions: core mathematics, a kernel backend and the meeting of ranks, joined."""
 
 from syncnorm.functional._batch_renorm import batch_renorm
+from syncnorm.functional._conditional_norm import conditional_affine
 from syncnorm.functional._filter_response_norm import filter_response_norm, thresholded_linear_unit
 from syncnorm.functional._frozen_batch_norm import frozen_batch_norm
 from syncnorm.functional._ghost_batch_norm import ghost_batch_norm
@@ -12,6 +13,7 @@ from syncnorm.functional._sync_batch_norm import sync_batch_norm
 
 __all__ = [
     "batch_renorm",
+    "conditional_affine",
     "filter_response_norm",
     "frozen_batch_norm",
     "ghost_batch_norm",

@@ -2,6 +2,7 @@
 
 from syncnorm.modules._batch_norm import BatchNorm
 from syncnorm.modules._batch_renorm import BatchRenorm1d, BatchRenorm2d, BatchRenorm3d
+from syncnorm.modules._conditional_norm import ConditionalNorm
 from syncnorm.modules._families import FAMILIES
 from syncnorm.modules._filter_response_norm import TLU, FilterResponseNorm
 from syncnorm.modules._frozen_batch_norm import FrozenBatchNorm1d, FrozenBatchNorm2d, FrozenBatchNorm3d
@@ -18,6 +19,7 @@ __all__ = [
     "BatchRenorm1d",
     "BatchRenorm2d",
     "BatchRenorm3d",
+    "ConditionalNorm",
     "FilterResponseNorm",
     "FrozenBatchNorm1d",
     "FrozenBatchNorm2d",
