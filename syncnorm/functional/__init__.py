@@ -1,5 +1,6 @@
 """Differentiable public functions: core mathematics, a kernel backend and the meeting of ranks, joined."""
 
+from syncnorm.functional._adaptive_instance_norm import adaptive_instance_norm
 from syncnorm.functional._batch_renorm import batch_renorm
 from syncnorm.functional._conditional_norm import conditional_affine
 from syncnorm.functional._filter_response_norm import filter_response_norm, thresholded_linear_unit
@@ -12,6 +13,7 @@ from syncnorm.functional._rms_norm import rms_norm
 from syncnorm.functional._sync_batch_norm import sync_batch_norm
 
 __all__ = [
+    "adaptive_instance_norm",
     "batch_renorm",
     "conditional_affine",
     "filter_response_norm",

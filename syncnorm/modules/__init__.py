@@ -1,5 +1,6 @@
 """Layers: the functions of :mod:`syncnorm.functional` with their state."""
 
+from syncnorm.modules._adaptive_instance_norm import AdaptiveInstanceNorm
 from syncnorm.modules._batch_norm import BatchNorm
 from syncnorm.modules._batch_renorm import BatchRenorm1d, BatchRenorm2d, BatchRenorm3d
 from syncnorm.modules._conditional_norm import ConditionalNorm
@@ -15,6 +16,7 @@ from syncnorm.modules._statistics import TARGETS, SyncStatistics, is_synced, reg
 from syncnorm.modules._sync_batch_norm import SyncBatchNorm, SyncBatchNorm1d, SyncBatchNorm2d, SyncBatchNorm3d
 
 __all__ = [
+    "AdaptiveInstanceNorm",
     "BatchNorm",
     "BatchRenorm1d",
     "BatchRenorm2d",
