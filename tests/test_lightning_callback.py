@@ -3,7 +3,7 @@
 import copy
 import pickle
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import lightning.pytorch as pl
 import pytest
@@ -14,11 +14,12 @@ from torch import nn
 
 import syncnorm
 from syncnorm import SyncNorm, SyncNormError, SyncNormPlugin
+from syncnorm.conversion import To
 from syncnorm.lightning import DigitsDataModule, DigitsMLP, _flavours, _sync_norm
 from tests.lightning_training import Training, by_hand, distance, fields, fit, kinds, make_trainer
 
 LOCAL, SYNCED = ["BatchNorm2d", "BatchNorm1d"], ["SyncBatchNorm2d", "SyncBatchNorm1d"]
-TARGETS = "['sync_batch_norm', 'group_norm', 'layer_norm', 'instance_norm']"
+TARGETS = list(get_args(To))
 
 
 class OddNorm(nn.BatchNorm2d):
