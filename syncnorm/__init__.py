@@ -27,7 +27,10 @@ from syncnorm.modules import (
     InstanceNorm2d,
     InstanceNorm3d,
     LayerNorm,
+    MinMaxScale,
     RMSNorm,
+    RunningNorm,
+    Standardize,
     SyncBatchNorm,
     SyncBatchNorm1d,
     SyncBatchNorm2d,
@@ -36,6 +39,7 @@ from syncnorm.modules import (
 
 if TYPE_CHECKING:
     from syncnorm.diagnostics import verify as verify
+    from syncnorm.lightning import RenormSchedule as RenormSchedule
     from syncnorm.lightning import SyncNorm as SyncNorm
     from syncnorm.lightning import SyncNormPlugin as SyncNormPlugin
 
@@ -55,7 +59,11 @@ __all__ = [
     "InstanceNorm2d",
     "InstanceNorm3d",
     "LayerNorm",
+    "MinMaxScale",
     "RMSNorm",
+    "RunningNorm",
+    "Standardize",
+    "RenormSchedule",
     "SyncBatchNorm",
     "SyncBatchNorm1d",
     "SyncBatchNorm2d",
@@ -78,6 +86,7 @@ __all__ = [
 ]
 
 _LAZY = {
+    "RenormSchedule": "syncnorm.lightning",
     "SyncNorm": "syncnorm.lightning",
     "SyncNormPlugin": "syncnorm.lightning",
     "verify": "syncnorm.diagnostics",  # starts processes, which brings multiprocessing

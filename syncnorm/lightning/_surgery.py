@@ -16,14 +16,11 @@ from torch import nn
 
 from syncnorm.conversion import convert, plan
 from syncnorm.conversion._layers import Layer, display, find_layers
-from syncnorm.conversion._targets import check_options
+from syncnorm.conversion._targets import STATISTICS_FAMILIES, TARGET_OPTIONS, check_options
 from syncnorm.distributed import group_spec, resolve
 from syncnorm.modules import SyncStatistics
 
-__all__ = ["STATISTICS_FAMILY", "Surgery"]
-
-STATISTICS_FAMILY = ("sync_batch_norm",)
-"""Targets that have the state-dict keys of batch norm and can be taken back; the others are another architecture."""
+__all__ = ["Surgery"]
 
 
 class Surgery:
@@ -59,8 +56,8 @@ class Surgery:
 
     @property
     def keeps_keys(self) -> bool:
-        """Whether the target is one of :data:`STATISTICS_FAMILY`."""
-        return self.to in STATISTICS_FAMILY
+        """Whether the target has batch norm's state-dict keys and can be taken back; the others are another architecture."""
+        return self.to in STATISTICS_FAMILIES
 
     def pending(self, model: nn.Module) -> list[str]:
         """Names of the layers that :meth:`run` would change now."""
@@ -130,7 +127,7 @@ class Surgery:
         return resolve(group_spec(self._given().get("process_group"))).size, world
 
     def _given(self) -> dict[str, Any]:
-        if self.default_group is None or not self.keeps_keys:
+        if self.default_group is None or "process_group" not in TARGET_OPTIONS[self.to]:
             return self.options
         return {"process_group": self.default_group, **self.options}
 
@@ -176,8 +173,7 @@ def _matches(glob: str, layer: Layer) -> bool:
 def _undo(module: nn.Module) -> Callable[[], object]:
     """What brings ``module`` back to how it is now; asked before it is converted."""
     if isinstance(module, SyncStatistics):
-        settings = {name: getattr(module, name) for name in ("process_group", "backend", "accumulate")}
-        return partial(type(module).adopt, module, **settings)
+        return partial(type(module).adopt, module, **module.settings())
     return partial(_release, module)
 
 

@@ -26,8 +26,8 @@ class SyncNorm(Callback):
 
     Works with every strategy: DDP (popen, spawn, fork, torchrun), FSDP, ModelParallel (FSDP2), a single device; also
     where ``configure_model`` makes the layers. The optimizer, EMA copies and checkpoints see the same parameters and
-    keys as without it. With ``to="sync_batch_norm"`` the original classes are back after ``fit``, also after an
-    exception; ``validate``, ``test`` and ``predict`` need no conversion.
+    keys as without it. With ``to="sync_batch_norm"`` (and its family) the original classes are back after ``fit``,
+    also after an exception; ``validate``, ``test`` and ``predict`` need no conversion.
 
     The other targets are another architecture with other keys, and stay. They are made before ``fit`` and before
     ``validate``, ``test`` and ``predict`` too, so that a checkpoint of such a run can be evaluated. Under
@@ -37,18 +37,22 @@ class SyncNorm(Callback):
     ``"syncnorm"`` what its run was converted to.
 
     Args:
-        to: What batch norms become: ``"sync_batch_norm"``, ``"group_norm"``, ``"layer_norm"`` or ``"instance_norm"``.
+        to: What batch norms become: ``"sync_batch_norm"``, ``"batch_renorm"``, ``"ghost_batch_norm"`` or
+            ``"frozen_batch_norm"`` while fitting; or for good ``"group_norm"``, ``"layer_norm"`` or ``"instance_norm"``.
         include: Globs on qualified names (``"backbone.*"``); only these are converted. Empty for all.
         exclude: Globs on qualified names; these are left. Stronger than ``include``.
         process_group: Ranks that share statistics: ``"world"``, ``"node"`` (those of one machine) or a number of ranks.
             None for all ranks that see different samples (under ModelParallel one rank of each tensor-parallel group),
             and for a layer that has a group of its own, that one.
-        revert: Give the original classes back when the fit ends. Concerns ``"sync_batch_norm"`` only.
+        revert: Give the original classes back when the fit ends. Concerns the statistics family only.
         strict: Make a batch norm that cannot be converted an error instead of a warning.
-        backend: Kernel backend by name, or ``"auto"``. Concerns ``"sync_batch_norm"`` only.
+        backend: Kernel backend by name, or ``"auto"``. Concerns the statistics family only.
         accumulate: Micro-batches per update of the running statistics, to go with ``accumulate_grad_batches``.
             Concerns ``"sync_batch_norm"`` only.
         num_groups: Groups of channels; 32 by default. Concerns ``"group_norm"`` only.
+        virtual_batch_size: Samples that share a statistic. Concerns ``"ghost_batch_norm"`` only, which needs it.
+        r_max: Largest correction of the scale; 3 by default. Concerns ``"batch_renorm"`` only.
+        d_max: Largest correction of the mean; 5 by default. Concerns ``"batch_renorm"`` only.
 
     Raises:
         ValueError: For an unknown ``to`` or a value out of range.
@@ -69,6 +73,9 @@ class SyncNorm(Callback):
         backend: str = "auto",
         accumulate: int = 1,
         num_groups: int | None = None,
+        virtual_batch_size: int | None = None,
+        r_max: float | None = None,
+        d_max: float | None = None,
     ) -> None:
         super().__init__()
         self.revert = revert
@@ -81,6 +88,9 @@ class SyncNorm(Callback):
             backend=None if backend == "auto" else backend,
             accumulate=None if accumulate == 1 else accumulate,
             num_groups=num_groups,
+            virtual_batch_size=virtual_batch_size,
+            r_max=r_max,
+            d_max=d_max,
         )
         self._warned = False
 

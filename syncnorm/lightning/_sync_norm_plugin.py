@@ -6,8 +6,9 @@ from typing import Literal, get_args
 from torch import nn
 
 from syncnorm.conversion import To
+from syncnorm.conversion._targets import STATISTICS_FAMILIES
 from syncnorm.lightning._flavours import LayerSync, rank_zero_info, rank_zero_warn
-from syncnorm.lightning._surgery import STATISTICS_FAMILY, Surgery
+from syncnorm.lightning._surgery import Surgery
 
 __all__ = ["SyncNormPlugin"]
 
@@ -21,8 +22,9 @@ class SyncNormPlugin(LayerSync):
     finds the work done.
 
     Args:
-        to: ``"sync_batch_norm"``. Other targets have other state-dict keys; Lightning would save a model under one
-            architecture and restore it under another, so they are refused.
+        to: ``"sync_batch_norm"``, ``"batch_renorm"`` or ``"frozen_batch_norm"``. Norms without a batch have other
+            state-dict keys; Lightning would save a model under one architecture and restore it under another, so they
+            are refused.
         include: As for :class:`syncnorm.SyncNorm`.
         exclude: As for :class:`syncnorm.SyncNorm`.
         process_group: As for :class:`syncnorm.SyncNorm`.
@@ -45,7 +47,7 @@ class SyncNormPlugin(LayerSync):
         accumulate: int = 1,
     ) -> None:
         super().__init__()
-        if to in get_args(To) and to not in STATISTICS_FAMILY:
+        if to in get_args(To) and to not in STATISTICS_FAMILIES:
             raise ValueError(
                 f"SyncNormPlugin(to={to!r}) would change the architecture after Lightning has restored the checkpoint, "
                 f"and back when the fit ends. Use the callback SyncNorm(to={to!r}), or call syncnorm.convert(model, "

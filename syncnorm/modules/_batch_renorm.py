@@ -81,6 +81,10 @@ class _BatchRenorm(SyncStatistics):
             self.register_buffer(name, buffer, persistent=False)
         self.r_max, self.d_max = r_max, d_max
 
+    def settings(self) -> dict[str, Any]:
+        """What :meth:`adopt` needs to make a layer like this one."""
+        return {**super().settings(), "r_max": self.r_max, "d_max": self.d_max}
+
     def _leave(self) -> None:
         self._drop_buffers("_limits", "_clip_rate")
 

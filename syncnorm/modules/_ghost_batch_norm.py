@@ -81,6 +81,10 @@ class _GhostBatchNorm(SyncStatistics):
     def _change(self, virtual_batch_size: int) -> None:
         self._arrive(virtual_batch_size)
 
+    def settings(self) -> dict[str, Any]:
+        """What :meth:`adopt` needs to make a layer like this one."""
+        return {**super().settings(), "virtual_batch_size": self.virtual_batch_size}
+
     def _leave(self) -> None:
         del self.virtual_batch_size, self._ranks_per_ghost
 

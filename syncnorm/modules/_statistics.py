@@ -225,6 +225,10 @@ class SyncStatistics(_BatchNorm):
         extra = [f"{name}={value}" for name, (value, default) in ours.items() if value != default]
         return ", ".join([super().extra_repr(), *extra])  # type: ignore[no-untyped-call]
 
+    def settings(self) -> dict[str, Any]:
+        """What :meth:`adopt` needs to make a layer like this one."""
+        return {"process_group": self.process_group, "backend": self.backend, "accumulate": self.accumulate}
+
     def _change(self, *_: Any, **own: Any) -> None:
         """Take new settings of this family."""
         for name, value in own.items():
