@@ -35,6 +35,7 @@ from syncnorm.modules import (
     SyncBatchNorm1d,
     SyncBatchNorm2d,
     SyncBatchNorm3d,
+    WeightStandardizedConv2d,
 )
 
 if TYPE_CHECKING:
@@ -72,6 +73,7 @@ __all__ = [
     "SyncNormError",
     "SyncNormMismatch",
     "SyncNormPlugin",
+    "WeightStandardizedConv2d",
     "__version__",
     "convert",
     "disabled",

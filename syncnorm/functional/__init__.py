@@ -11,6 +11,7 @@ from syncnorm.functional._instance_norm import instance_norm
 from syncnorm.functional._layer_norm import layer_norm
 from syncnorm.functional._rms_norm import rms_norm
 from syncnorm.functional._sync_batch_norm import sync_batch_norm
+from syncnorm.functional._weight_standardization import weight_standardization
 
 __all__ = [
     "adaptive_instance_norm",
@@ -25,4 +26,5 @@ __all__ = [
     "rms_norm",
     "sync_batch_norm",
     "thresholded_linear_unit",
+    "weight_standardization",
 ]

@@ -14,6 +14,12 @@ from syncnorm.modules._layer_norm import LayerNorm
 from syncnorm.modules._rms_norm import RMSNorm
 from syncnorm.modules._statistics import TARGETS, SyncStatistics, is_synced, register_swap
 from syncnorm.modules._sync_batch_norm import SyncBatchNorm, SyncBatchNorm1d, SyncBatchNorm2d, SyncBatchNorm3d
+from syncnorm.modules._weight_standardization import (
+    WeightStandardizedConv1d,
+    WeightStandardizedConv2d,
+    WeightStandardizedConv3d,
+    weight_standardization,
+)
 
 __all__ = [
     "AdaptiveInstanceNorm",
@@ -43,6 +49,10 @@ __all__ = [
     "FAMILIES",
     "TARGETS",
     "TLU",
+    "WeightStandardizedConv1d",
+    "WeightStandardizedConv2d",
+    "WeightStandardizedConv3d",
     "is_synced",
     "register_swap",
+    "weight_standardization",
 ]
