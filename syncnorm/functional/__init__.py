@@ -3,6 +3,7 @@
 from syncnorm.functional._adaptive_instance_norm import adaptive_instance_norm
 from syncnorm.functional._batch_renorm import batch_renorm
 from syncnorm.functional._conditional_norm import conditional_affine
+from syncnorm.functional._evo_norm import evo_norm_s0
 from syncnorm.functional._filter_response_norm import filter_response_norm, thresholded_linear_unit
 from syncnorm.functional._frozen_batch_norm import frozen_batch_norm
 from syncnorm.functional._ghost_batch_norm import ghost_batch_norm
@@ -17,6 +18,7 @@ __all__ = [
     "adaptive_instance_norm",
     "batch_renorm",
     "conditional_affine",
+    "evo_norm_s0",
     "filter_response_norm",
     "frozen_batch_norm",
     "ghost_batch_norm",
