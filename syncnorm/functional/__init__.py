@@ -3,6 +3,7 @@
 from syncnorm.functional._adaptive_instance_norm import adaptive_instance_norm
 from syncnorm.functional._batch_renorm import batch_renorm
 from syncnorm.functional._conditional_norm import conditional_affine
+from syncnorm.functional._dynamic_tanh import dynamic_tanh
 from syncnorm.functional._evo_norm import evo_norm_s0
 from syncnorm.functional._filter_response_norm import filter_response_norm, thresholded_linear_unit
 from syncnorm.functional._frozen_batch_norm import frozen_batch_norm
@@ -18,6 +19,7 @@ __all__ = [
     "adaptive_instance_norm",
     "batch_renorm",
     "conditional_affine",
+    "dynamic_tanh",
     "evo_norm_s0",
     "filter_response_norm",
     "frozen_batch_norm",

@@ -36,7 +36,7 @@ def filter_response_norm(
         ValueError: If C does not fit the vectors.
         TypeError: If the input is not floating point.
 
-    Reference: Singh & Krishnan (2020), equations 1 to 3, and section 3.1 for the learned ε.
+    Reference: Singh & Krishnan (2020), section 3.
     """
     vector = weight if weight is not None else bias
     check_channels("filter_response_norm", input, None if vector is None else vector.numel())
@@ -64,7 +64,7 @@ def thresholded_linear_unit(input: Tensor, threshold: Tensor) -> Tensor:
         ValueError: If C does not fit.
         TypeError: If the input is not floating point.
 
-    Reference: Singh & Krishnan (2020), equation 4.
+    Reference: Singh & Krishnan (2020), section 3.
     """
     check_channels("thresholded_linear_unit", input, threshold.numel())
     return torch.maximum(input, over_dim(threshold.to(input.dtype), input, 1))

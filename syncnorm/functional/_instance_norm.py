@@ -45,7 +45,7 @@ def instance_norm(
             that are not there or updated from one value per channel.
         TypeError: If the input is not floating point.
 
-    Reference: Ulyanov, Vedaldi & Lempitsky (2016), equation 4.
+    Reference: Ulyanov, Vedaldi & Lempitsky (2016).
     """
     known = next((t.numel() for t in (running_mean, weight, bias) if t is not None), None)
     check_channels("instance_norm", input, known)

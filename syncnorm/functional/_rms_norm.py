@@ -43,7 +43,7 @@ def rms_norm(
         ValueError: If the input has other sizes than ``dim`` there, or ``p`` is not in (0, 1].
         TypeError: If the input is not floating point.
 
-    Reference: Zhang & Sennrich (2019), equation 4; section 4.2 for the partial form.
+    Reference: Zhang & Sennrich (2019), equation 4; section 5 for the partial form.
     """
     check_part("rms_norm", p)
     shape = check_normalized("rms_norm", input, dim, channel_dim)

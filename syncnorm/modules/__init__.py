@@ -4,6 +4,7 @@ from syncnorm.modules._adaptive_instance_norm import AdaptiveInstanceNorm
 from syncnorm.modules._batch_norm import BatchNorm
 from syncnorm.modules._batch_renorm import BatchRenorm1d, BatchRenorm2d, BatchRenorm3d
 from syncnorm.modules._conditional_norm import ConditionalNorm
+from syncnorm.modules._dynamic_tanh import DynamicTanh
 from syncnorm.modules._evo_norm import EvoNormS0
 from syncnorm.modules._families import FAMILIES
 from syncnorm.modules._filter_response_norm import TLU, FilterResponseNorm
@@ -29,6 +30,7 @@ __all__ = [
     "BatchRenorm2d",
     "BatchRenorm3d",
     "ConditionalNorm",
+    "DynamicTanh",
     "EvoNormS0",
     "FilterResponseNorm",
     "FrozenBatchNorm1d",

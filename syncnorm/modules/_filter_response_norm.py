@@ -34,7 +34,7 @@ class FilterResponseNorm(nn.Module):
         >>> nn.Sequential(nn.Conv2d(3, 8, 3), FilterResponseNorm(8), TLU(8))(torch.randn(1, 3, 5, 5)).shape
         torch.Size([1, 8, 3, 3])
 
-    Reference: Singh & Krishnan (2020), equations 1 to 3.
+    Reference: Singh & Krishnan (2020), section 3.
     """
 
     def __init__(
@@ -74,7 +74,7 @@ class TLU(nn.Module):
     Shape:
         Input ``[N, C, *]``; output the same.
 
-    Reference: Singh & Krishnan (2020), equation 4.
+    Reference: Singh & Krishnan (2020), section 3.
     """
 
     def __init__(self, num_features: int, device: Any = None, dtype: Any = None) -> None:

@@ -26,7 +26,7 @@ _ARGUMENTS = """ see :func:`syncnorm.functional.instance_norm`.
     Shape:
         Input ``{shape}`` or, a single sample, ``{single}``; output the same.
 
-    Reference: Ulyanov, Vedaldi & Lempitsky (2016), equation 4.
+    Reference: Ulyanov, Vedaldi & Lempitsky (2016).
     """
 
 

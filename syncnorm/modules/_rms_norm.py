@@ -32,7 +32,7 @@ class RMSNorm(nn.RMSNorm):
         >>> RMSNorm(64, p=0.0625)(torch.randn(2, 5, 64)).shape
         torch.Size([2, 5, 64])
 
-    Reference: Zhang & Sennrich (2019), equation 4; section 4.2 for the partial form.
+    Reference: Zhang & Sennrich (2019), equation 4; section 5 for the partial form.
     """
 
     def __init__(
