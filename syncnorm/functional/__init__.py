@@ -11,7 +11,11 @@ from syncnorm.functional._ghost_batch_norm import ghost_batch_norm
 from syncnorm.functional._group_norm import group_norm
 from syncnorm.functional._instance_norm import instance_norm
 from syncnorm.functional._layer_norm import layer_norm
+from syncnorm.functional._masked_batch_norm import masked_batch_norm
 from syncnorm.functional._rms_norm import rms_norm
+from syncnorm.functional._running_norm import running_norm
+from syncnorm.functional._standardize import destandardize, min_max_scale, standardize, undo_min_max_scale
+from syncnorm.functional._switchable_norm import switchable_norm
 from syncnorm.functional._sync_batch_norm import sync_batch_norm
 from syncnorm.functional._weight_standardization import weight_standardization
 
@@ -19,6 +23,7 @@ __all__ = [
     "adaptive_instance_norm",
     "batch_renorm",
     "conditional_affine",
+    "destandardize",
     "dynamic_tanh",
     "evo_norm_s0",
     "filter_response_norm",
@@ -27,8 +32,14 @@ __all__ = [
     "group_norm",
     "instance_norm",
     "layer_norm",
+    "min_max_scale",
+    "masked_batch_norm",
     "rms_norm",
+    "running_norm",
+    "standardize",
+    "switchable_norm",
     "sync_batch_norm",
     "thresholded_linear_unit",
+    "undo_min_max_scale",
     "weight_standardization",
 ]

@@ -16,12 +16,12 @@ from syncnorm.core.layout import accumulate_dtype, count_per_channel, flatten
 from syncnorm.core.moments import Moments, at_least_one, empty_moments
 from syncnorm.core.running import RunningStatistics, update_running
 from syncnorm.distributed.exchange import exchange_moments, exchange_sums
-from syncnorm.distributed.groups import Group
+from syncnorm.distributed.groups import LOCAL, Group
 from syncnorm.functional._checkpoint import is_recomputing, recall, remember, unseen_by_selective_checkpointing
 from syncnorm.functional._sync_batch_norm import needs_grad
 from syncnorm.kernels import choose
 
-__all__ = ["beside", "instance_moments", "sync_moments"]
+__all__ = ["SampleAndBatch", "beside", "instance_moments", "sample_and_batch_moments", "sync_moments"]
 
 
 def sync_moments(
@@ -30,8 +30,8 @@ def sync_moments(
     *,
     within: Tensor | None = None,
     size: int = 1,
+    weights: Tensor | None = None,
     running: RunningStatistics | None = None,
-    backend: str = "auto",
     site: object = None,
     refuse_one_value: bool = False,
 ) -> tuple[Tensor, Tensor]:
@@ -43,13 +43,15 @@ def sync_moments(
     ``x`` may also hold the means of equal parts, of ``size`` values each and with the variances ``within``: the result is
     that of all their values. A norm that has the moments of each sample already need not read its input again.
 
+    With ``weights`` w each value counts w times: μ = Σw·x/Σw, and a value of weight 0 is not there.
+
     Args:
         x: ``[N, C, *]``, any floating dtype and layout; shards may be uneven or empty.
         group: The ranks that meet; each of them must make this call.
         within: Variance within each part, like ``x``; None if ``x`` holds single values.
         size: Values per part.
+        weights: How often each value counts, ``[N, 1, *]``, nonnegative and without gradient; None for once.
         running: Moved towards the result, in place, once per batch (not by a checkpointed recompute).
-        backend: Kernel backend for the local moments.
         site: Identity of the layer, by which a checkpointed recompute finds its forward.
         refuse_one_value: Whether a single value per channel on all ranks together is an error.
 
@@ -60,11 +62,11 @@ def sync_moments(
         ValueError: On every rank, for a single value with ``refuse_one_value``; nothing has been changed then.
         SyncNormMismatch: If ranks disagree on the backward to come, or another rank refused its input.
     """
-    call = _Call(group, size, backend, needs_grad(x, within), site, refuse_one_value)
+    call = _Call(group, size, needs_grad(x, within), site, refuse_one_value)
     if not torch.compiler.is_compiling():
-        mean, var, _ = _SyncMoments.apply(x, within, call, running)  # type: ignore[no-untyped-call]
+        mean, var, _ = _SyncMoments.apply(x, within, weights, call, running)  # type: ignore[no-untyped-call]
         return mean, var
-    mean, var, count = _SyncMoments.apply(x, within, call, None)  # type: ignore[no-untyped-call]
+    mean, var, count = _SyncMoments.apply(x, within, weights, call, None)  # type: ignore[no-untyped-call]
     if refuse_one_value and count_per_channel(x) * size <= 1 and isinstance(count, Tensor):
         torch._assert_async(count != 1, _ONE_VALUE)
     if running is not None:
@@ -88,6 +90,52 @@ def instance_moments(x: Tensor) -> tuple[Tensor, Tensor]:
     return mean, var
 
 
+class SampleAndBatch(NamedTuple):
+    """Moments of each sample ``[N, C]`` and of the batch ``[C]``, in one dtype."""
+
+    sample_mean: Tensor
+    sample_var: Tensor
+    mean: Tensor
+    var: Tensor
+
+
+def sample_and_batch_moments(
+    input: Tensor,
+    running: RunningStatistics,
+    *,
+    training: bool,
+    group: Group,
+    site: object = None,
+    refuse_one_value: bool = False,
+) -> SampleAndBatch:
+    """Moments of each sample and, merged from them, of all ranks' batch; the input is read once.
+
+    In evaluation the batch's are the running ones; where none are kept, those of this rank's batch.
+
+    Args:
+        input: ``[N, C, *]``.
+        running: Moved when training.
+        training: Whether the ranks meet.
+        group: The ranks that meet.
+        site: As in :func:`sync_moments`.
+        refuse_one_value: As in :func:`sync_moments`.
+    """
+    sample_mean, sample_var = instance_moments(input)
+    if not training and running.mean is not None and running.var is not None:
+        mean, var = running.mean, running.var
+    else:
+        mean, var = sync_moments(
+            sample_mean,
+            group if training else LOCAL,
+            within=sample_var,
+            size=input.shape[2:].numel(),
+            running=running if training else None,
+            site=site,
+            refuse_one_value=refuse_one_value and training,
+        )
+    return SampleAndBatch(sample_mean, sample_var, mean.to(sample_mean.dtype), var.to(sample_mean.dtype))
+
+
 def beside(vector: Tensor, x: Tensor) -> Tensor:
     """View ``vector`` [C] or [N, C] so that it broadcasts over ``x`` [N, C, *]."""
     return vector.reshape(*vector.shape, *[1] * (x.dim() - 2))
@@ -96,7 +144,6 @@ def beside(vector: Tensor, x: Tensor) -> Tensor:
 class _Call(NamedTuple):
     group: Group
     size: int
-    backend: str
     needs_backward: bool
     site: object
     refuse_one_value: bool
@@ -105,13 +152,17 @@ class _Call(NamedTuple):
 class _SyncMoments(Function):
     @staticmethod
     def forward(
-        x: Tensor, within: Tensor | None, call: _Call, running: RunningStatistics | None
+        x: Tensor,
+        within: Tensor | None,
+        weights: Tensor | None,
+        call: _Call,
+        running: RunningStatistics | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         recomputing = is_recomputing()
         with unseen_by_selective_checkpointing():
             moments, _ = (recall(call.site) if recomputing else None) or (None, ())
             if moments is None:
-                local = _local_moments(x, within, call)
+                local = _local_moments(x, within, weights, call)
                 moments = exchange_moments(local, call.group, needs_backward=call.needs_backward)
                 if call.refuse_one_value:
                     _check_more_than_one(moments.count, local.count)
@@ -127,25 +178,26 @@ class _SyncMoments(Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
-        x, within, ctx.call, _ = inputs
+        x, within, weights, ctx.call, _ = inputs
         mean, _, count = output
         ctx.mark_non_differentiable(count)
         ctx.within_dtype = None if within is None else within.dtype
-        ctx.save_for_backward(x, mean, count)
+        ctx.save_for_backward(x, mean, count, weights)
 
     @staticmethod
     def backward(ctx: Any, grad_mean: Tensor, grad_var: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         # Differentiable operations only, and the saved mean leads back into this very node: its own derivative, and the
         # next one, follow of themselves.
-        x, mean, count = ctx.saved_tensors
+        x, mean, count, weights = ctx.saved_tensors
         call: _Call = ctx.call
         sums = _sum_over_ranks(torch.stack([grad_mean, grad_var]), call.group)
         scaled = (sums * (call.size / at_least_one(count))).to(accumulate_dtype(x.dtype))
         to_mean, to_var = (beside(row, x) for row in scaled.unbind(0))
         centred = x.to(scaled.dtype) - beside(mean.to(scaled.dtype), x)
-        dx = (to_mean + 2 * to_var * centred).to(x.dtype)
+        dx = to_mean + 2 * to_var * centred
+        dx = (dx if weights is None else dx * weights.to(scaled.dtype)).to(x.dtype)
         dwithin = None if ctx.within_dtype is None else to_var.expand_as(x).to(ctx.within_dtype)
-        return dx, dwithin, None, None
+        return dx, dwithin, None, None, None
 
 
 class _AllReduce(Function):
@@ -173,13 +225,27 @@ def _sum_over_ranks(row: Tensor, group: Group) -> Tensor:
     return exchange_sums(row.clone(), group)
 
 
-def _local_moments(x: Tensor, within: Tensor | None, call: _Call) -> Moments:
+def _local_moments(x: Tensor, within: Tensor | None, weights: Tensor | None, call: _Call) -> Moments:
     if not x.numel() or not call.size:
         return empty_moments(x.size(1), x.device)
-    count, mean, m2 = choose(call.backend, x).batch_moments(flatten(x))
+    if weights is not None:
+        return _weighted_moments(x, weights)
+    count, mean, m2 = choose("auto", x).batch_moments(flatten(x))
     if within is not None:
         m2 = m2 + within.transpose(0, 1).flatten(1).sum(1, dtype=torch.float64)
     return Moments(count * call.size, mean, m2 * call.size)
+
+
+def _weighted_moments(x: Tensor, weights: Tensor) -> Moments:
+    w = weights.double()
+    dims = [d for d in range(x.dim()) if d != 1]
+    count = w.sum()
+    # A value of weight 0 may be anything, also NaN: padding is often left as it was.
+    values = torch.where(w > 0, x.double(), 0.0)
+    mean = (values * w).sum(dims) / count.clamp(min=torch.finfo(torch.float64).tiny)
+    m2 = (w * (values - beside(mean, x)).square()).sum(dims)
+    known = count if torch.compiler.is_compiling() or count.device.type != "cpu" or type(count) is not Tensor else None
+    return Moments(float(count.numpy()) if known is None else known, mean, m2)
 
 
 _ONE_VALUE = "expected more than 1 value per channel in the whole group when training, got 1"

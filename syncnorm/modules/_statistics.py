@@ -16,6 +16,7 @@ from syncnorm.distributed.collectives import find_group, group_ranks
 from syncnorm.distributed.groups import LOCAL, Group, GroupSpec, group_spec, resolve
 from syncnorm.errors import SyncNormError
 from syncnorm.functional import sync_batch_norm
+from syncnorm.functional._masked_batch_norm import masked_batch_norm
 from syncnorm.kernels import BACKENDS
 from syncnorm.modules._sharded import sharded_like
 
@@ -87,10 +88,16 @@ class SyncStatistics(_BatchNorm):
             self.register_parameter("bias", None)
         self._set_up(group_spec(process_group), backend, accumulate)
 
-    def forward(self, input: Tensor) -> Tensor:
-        """Normalise ``input`` [N, C, *]: by the statistics of all ranks when training, by the running ones otherwise."""
+    def forward(self, input: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Normalise ``input`` [N, C, *]: by the statistics of all ranks when training, by the running ones otherwise.
+
+        Args:
+            input: ``[N, C, *]``.
+            mask: Which values count in the statistics, or how much: ``[N]``, ``[N, *]`` or ``[N, 1, *]``; see
+                :func:`syncnorm.functional.masked_batch_norm`. All ranks must give one, or none.
+        """
         try:
-            return self._normalize(input)
+            return self._normalize(input) if mask is None else self._normalize_masked(input, mask)
         except (ValueError, TypeError, SyncNormError) as error:
             raise type(error)(f"{type(self).__name__}({self.num_features}): {error}") from error
 
@@ -108,6 +115,29 @@ class SyncStatistics(_BatchNorm):
             num_batches_tracked=self.num_batches_tracked if tracked else None,
             group=self._group() if self.training else LOCAL,
             backend=self.backend,
+            pending=self._buffers.get("_pending") if tracked else None,
+            accumulate=self.accumulate,
+            num_features=self.num_features,
+            input_dims=self.input_dims,
+            site=None if torch.compiler.is_compiling() else self,
+        )
+
+    def _normalize_masked(self, input: Tensor, mask: Tensor) -> Tensor:
+        if self.family != "sync_batch_norm":
+            raise TypeError("this kind of norm takes no mask; SyncBatchNorm does.")
+        tracked = not self.training or self.track_running_stats
+        return masked_batch_norm(
+            input,
+            mask,
+            self.running_mean if tracked else None,
+            self.running_var if tracked else None,
+            self.weight,
+            self.bias,
+            self.training,
+            self.momentum,
+            self.eps,
+            num_batches_tracked=self.num_batches_tracked if tracked else None,
+            group=self._group() if self.training else LOCAL,
             pending=self._buffers.get("_pending") if tracked else None,
             accumulate=self.accumulate,
             num_features=self.num_features,

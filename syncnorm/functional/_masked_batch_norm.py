@@ -1,0 +1,113 @@
+"""Batch normalisation whose statistics leave out padding, or weigh their samples, over the ranks of a group."""
+
+import torch
+from torch import Tensor
+
+from syncnorm.core.layout import accumulate_dtype
+from syncnorm.core.running import RunningStatistics
+from syncnorm.distributed.exchange import send_poison
+from syncnorm.functional._sync_batch_norm import enter, evaluate, validate
+from syncnorm.functional._sync_moments import beside, sync_moments
+
+__all__ = ["masked_batch_norm"]
+
+
+def masked_batch_norm(
+    input: Tensor,
+    mask: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float | None = 0.1,
+    eps: float = 1e-5,
+    *,
+    num_batches_tracked: Tensor | None = None,
+    group: object = "world",
+    pending: Tensor | None = None,
+    accumulate: int = 1,
+    num_features: int | None = None,
+    input_dims: tuple[int, ...] | None = None,
+    site: object = None,
+) -> Tensor:
+    """Batch normalisation by the statistics of the values that ``mask`` lets count, over all ranks of a group.
+
+    μ = Σw·x/Σw and σ² = Σw(x - μ)²/Σw with w the mask, each summed over all ranks: their true counts, whatever share of a
+    rank's values is padding. The running variance is Σw(x - μ)²/(Σw - 1). *Every* value is normalised, masked or not, and
+    the gradient is that of this function: multiply the output by the mask where padding must stay zero. Values that do not
+    count may be anything, also NaN, which stays where it is. One all-reduce forward and one backward. Plain tensor
+    operations, so slower than the layer without a mask.
+
+    Args:
+        input: ``[N, C, *]``, any floating dtype and layout; shards may be uneven or empty.
+        mask: Bool, or nonnegative weights, whose sum over all ranks is at least 1: ``[N]``, ``[N, *]`` as the input without
+            its channels, or ``[N, 1, *]``. In evaluation it has no effect.
+        running_mean: ``[C]`` or None; updated in place when training.
+        running_var: ``[C]`` or None.
+        weight: γ, ``[C]`` or None.
+        bias: β, ``[C]`` or None.
+        training: Use and update the statistics of the batch; otherwise evaluation, as batch norm.
+        momentum: Weight of the new batch in the running statistics; None for the cumulative average.
+        eps: Added to the variance.
+        num_batches_tracked: int64 scalar, counted up in place.
+        group: As in :func:`sync_batch_norm`.
+        pending: As in :func:`sync_batch_norm`.
+        accumulate: As in :func:`sync_batch_norm`.
+        num_features: As in :func:`sync_batch_norm`.
+        input_dims: As in :func:`sync_batch_norm`.
+        site: As in :func:`sync_batch_norm`.
+
+    Returns:
+        Tensor like ``input``.
+
+    Raises:
+        ValueError: If the input or the mask does not fit, or a single value counts on all ranks together.
+        TypeError: If the input is not floating point, or the mask complex.
+    """
+    if not training:
+        validate(input, num_features, input_dims)
+        _weights(input, mask)
+        return evaluate(input, running_mean, running_var, weight, bias, eps)
+    ranks = enter(input, eps, group, num_features, input_dims)
+    try:
+        weights = _weights(input, mask)
+    except (ValueError, TypeError):
+        if ranks.size > 1 and not torch.compiler.is_compiling():
+            send_poison(input.size(1), input.device, ranks)
+        raise
+    running = None
+    if running_mean is not None or num_batches_tracked is not None:
+        running = RunningStatistics(running_mean, running_var, num_batches_tracked, momentum, pending, accumulate)
+    mean, var = sync_moments(input, ranks, weights=weights, running=running, site=site, refuse_one_value=True)
+    wide = accumulate_dtype(input.dtype)
+    scale = (var + eps).rsqrt()
+    scale = (scale if weight is None else scale * weight).to(wide)
+    y = (input.to(wide) - beside(mean.to(wide), input)) * beside(scale, input)
+    if bias is not None:
+        y = y + beside(bias.to(wide), input)
+    return y.to(input.dtype)
+
+
+def _weights(input: Tensor, mask: Tensor) -> Tensor:
+    """The mask as ``[N, 1, *]``."""
+    if mask.is_complex():
+        raise TypeError(f"mask must be bool or real weights, got {mask.dtype}.")
+    shape = list(input.shape)
+    if mask.dim() == input.dim() and mask.size(1) == 1:
+        weights = mask
+    elif list(mask.shape) == [shape[0], *shape[2:]]:
+        weights = mask.unsqueeze(1)
+    elif list(mask.shape) == shape[:1]:
+        weights = mask.view(-1, *[1] * (input.dim() - 1))
+    else:
+        weights = mask
+    fits = weights.dim() == input.dim() and weights.size(1) == 1
+    fits = fits and all(
+        m in (1, n) for m, n in zip([weights.size(0), *weights.shape[2:]], [shape[0], *shape[2:]], strict=True)
+    )
+    if not fits:
+        raise ValueError(
+            f"mask must be [N], [N, *] or [N, 1, *] for an input [N, C, *]; got a mask {list(mask.shape)} for an input {shape}."
+        )
+    return weights.detach().expand(shape[0], 1, *shape[2:])
