@@ -58,13 +58,13 @@ def refuse_late(surgery: Surgery, pl_module: "LightningModule") -> None:
 
 
 def refuse_copied(surgery: Surgery, trainer: "Trainer", pl_module: "LightningModule") -> None:
-    """One more buffer for layers of which WeightAveraging has a copy: it pairs the buffers of both by position."""
-    if "accumulate" not in surgery.options:
+    """More buffers for layers of which WeightAveraging has a copy: it pairs the buffers of both by position."""
+    if "accumulate" not in surgery.options and surgery.to != "batch_renorm":
         return
     averaging = [c for c in getattr(trainer, "callbacks", []) if is_kind_of(c, "WeightAveraging")]
     if any(getattr(c, "_average_model", None) is not None for c in averaging) and surgery.pending(pl_module):
         raise SyncNormError(
-            f"SyncNorm(accumulate={surgery.options['accumulate']}) adds a buffer to layers that "
-            f"{type(averaging[0]).__name__} has copied already. Put SyncNorm before it in callbacks=[...], and make "
-            "the layers in __init__."
+            f"SyncNorm(to={surgery.to!r}{''.join(f', {name}={value!r}' for name, value in surgery.options.items())}) adds "
+            f"buffers to layers that {type(averaging[0]).__name__} has copied already. Put SyncNorm before it in "
+            "callbacks=[...], and make the layers in __init__."
         )

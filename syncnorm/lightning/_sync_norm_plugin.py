@@ -19,7 +19,8 @@ class SyncNormPlugin(LayerSync):
     Lightning asks such a plugin under DDP and FSDP only. On a single device, under ModelParallel (FSDP2) and DeepSpeed,
     and in Fabric it is ignored without a word, and the plugin has no way to know: there, use the callback
     :class:`syncnorm.SyncNorm` or :func:`syncnorm.convert`. Beside the callback it does no harm; who comes second
-    finds the work done.
+    finds the work done. With ``accumulate=`` or ``"batch_renorm"``, which add buffers, WeightAveraging needs the
+    callback, placed before it: it copies the model before a plugin is asked.
 
     Args:
         to: ``"sync_batch_norm"``, ``"batch_renorm"`` or ``"frozen_batch_norm"``. Norms without a batch have other
