@@ -103,7 +103,7 @@ def _slope(x: Tensor, net: Net, ck: Checkpoint) -> Tensor:
     h = net.a(x)
     y = net.a(net.linear(h)) if ck is _plain else Slope.apply(net.linear(h), net.a)
     (slope,) = torch.autograd.grad(y.tanh().sum(), h, retain_graph=True)
-    return slope * h
+    return net.a(slope * h)  # a call after the one made in backward, which must not take its place
 
 
 # How the layers are called, how often in all, and whether no recompute needs another exchange.
