@@ -25,8 +25,16 @@ _ALLOCATOR = {
     "MALLOC_TRIM_THRESHOLD_": str(1 << 31),
     "MALLOC_TOP_PAD_": str(1 << 26),
 }
-if __name__ == "__main__" and not all(os.environ.get(k) == v for k, v in _ALLOCATOR.items()):
-    os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **_ALLOCATOR})
+
+
+def pin_allocator() -> None:
+    """Start this program again with a malloc that keeps its memory, unless it has been."""
+    if not all(os.environ.get(key) == value for key, value in _ALLOCATOR.items()):
+        os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **_ALLOCATOR})
+
+
+if __name__ == "__main__":
+    pin_allocator()
 
 import torch
 from torch import Tensor, nn
@@ -34,6 +42,7 @@ from torch import Tensor, nn
 import syncnorm
 from syncnorm.distributed.groups import LOCAL
 from syncnorm.functional import sync_batch_norm
+from syncnorm.kernels import objections
 
 SHAPES = [(32, 64, 56, 56), (32, 256, 14, 14), (8, 1024, 7, 7)]
 LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
@@ -48,7 +57,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--part", choices=["train", "eval"], default="train")
     parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16", "float64"], default="float32")
-    parser.add_argument("--backend", default="aten", help="kernel backend of the walk (default: %(default)s)")
+    parser.add_argument("--backend", help="kernel backend of the walk (default: what backend='auto' takes)")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=31, help="interleaved rounds per row (default: %(default)s)")
     parser.add_argument("--shape", action="append", help="N,C,H,W; repeatable (default: the three of the table)")
@@ -57,13 +66,16 @@ def main() -> int:
     torch.set_num_threads(arguments.threads)
     shapes = [tuple(int(n) for n in text.split(",")) for text in arguments.shape] if arguments.shape else SHAPES
     dtype = getattr(torch, arguments.dtype)
+    serving = [name for name, reason in objections(torch.empty(2, 2, 2, dtype=dtype)).items() if reason is None]
+    backend = arguments.backend or serving[0]
     print(
         f"torch {torch.__version__}, {platform.machine()} {torch.backends.cpu.get_cpu_capability()}, "
-        f"{arguments.threads} thread(s), {arguments.dtype}, medians of {arguments.rounds} interleaved rounds\n"
+        f"{arguments.threads} thread(s), {arguments.dtype}, backend {backend}, "
+        f"medians of {arguments.rounds} interleaved rounds\n"
     )
     run = train_rows if arguments.part == "train" else eval_rows
     rows = []
-    for row in run(shapes, dtype, arguments.backend, arguments.rounds):
+    for row in run(shapes, dtype, backend, arguments.rounds):
         if not rows:
             print("| " + " | ".join(row) + " |\n|" + "---|" * len(row))
         rows.append(row)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from syncnorm._version import __version__
 from syncnorm.conversion import convert, disabled, no_stats_update, plan, register_adapter, revert
-from syncnorm.diagnostics import explain, inspect
+from syncnorm.diagnostics import explain, inspect, list_norms
 from syncnorm.distributed import loss_weight
 from syncnorm.errors import SyncNormError, SyncNormMismatch
 from syncnorm.modules import (
@@ -81,6 +81,7 @@ __all__ = [
     "disabled",
     "explain",
     "inspect",
+    "list_norms",
     "loss_weight",
     "no_stats_update",
     "plan",

@@ -3,6 +3,7 @@
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from syncnorm.diagnostics._catalogue import NormInfo, NormList, list_norms
 from syncnorm.diagnostics._explain import explain
 from syncnorm.diagnostics._inspect import NormReport, NormRow, inspect
 
@@ -11,7 +12,18 @@ if TYPE_CHECKING:
     from syncnorm.diagnostics._verify import VerifyRow as VerifyRow
     from syncnorm.diagnostics._verify import verify as verify
 
-__all__ = ["NormReport", "NormRow", "VerifyReport", "VerifyRow", "explain", "inspect", "verify"]
+__all__ = [
+    "NormInfo",
+    "NormList",
+    "NormReport",
+    "NormRow",
+    "VerifyReport",
+    "VerifyRow",
+    "explain",
+    "inspect",
+    "list_norms",
+    "verify",
+]
 
 
 def __getattr__(name: str) -> Any:

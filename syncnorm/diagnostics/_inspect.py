@@ -12,6 +12,7 @@ from syncnorm.conversion._layers import Layer, display, keeps_batch_statistics, 
 from syncnorm.conversion._table import table
 from syncnorm.conversion._verdict import judge
 from syncnorm.modules import SyncStatistics
+from syncnorm.modules._mixed_statistics import MixedStatistics
 
 __all__ = ["NormReport", "NormRow", "inspect"]
 
@@ -130,7 +131,7 @@ def _features(module: nn.Module) -> str:
 
 
 def _group(module: nn.Module) -> str:
-    if isinstance(module, SyncStatistics):
+    if isinstance(module, SyncStatistics | MixedStatistics):
         return str(module._group_spec) if module._sync else f"{module._group_spec}, disabled"
     if isinstance(module, nn.SyncBatchNorm):
         return "world" if module.process_group is None else "its own"
