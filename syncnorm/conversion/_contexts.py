@@ -9,9 +9,12 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
 
 from syncnorm.modules import BatchNorm, SyncStatistics
+from syncnorm.modules._mixed_statistics import MixedStatistics
+from syncnorm.modules._over_ranks import OverRanks
 
 __all__ = ["disabled", "no_stats_update"]
 
+_MEETING = (SyncStatistics, OverRanks)
 _STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 # In training these do without running statistics where track_running_stats is off.
 _KNOWN = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm, BatchNorm)
@@ -33,14 +36,14 @@ def disabled(model: nn.Module) -> Iterator[nn.Module]:
         >>> with syncnorm.disabled(model):  # doctest: +SKIP
         ...     model(example)
     """
-    before = [(module, module._sync) for module in model.modules() if isinstance(module, SyncStatistics)]
+    before = [(module, module._sync) for module in model.modules() if isinstance(module, _MEETING)]
     try:
         for module, _ in before:
             module._sync = False
         yield model
     finally:
         for module, sync in before:
-            if isinstance(module, SyncStatistics):  # it may have been reverted meanwhile
+            if isinstance(module, _MEETING):  # it may have been reverted meanwhile
                 module._sync = sync
 
 
@@ -59,7 +62,7 @@ def no_stats_update(model: nn.Module) -> Iterator[nn.Module]:
     """
     with ExitStack() as stack:
         for module in model.modules():
-            if isinstance(module, SyncStatistics) or type(module) in _KNOWN:
+            if isinstance(module, SyncStatistics | MixedStatistics) or type(module) in _KNOWN:
                 stack.callback(setattr, module, "track_running_stats", module.track_running_stats)
                 setattr(module, "track_running_stats", False)  # noqa: B010 - a Tensor or Module, say the stubs
             elif isinstance(module, _BatchNorm | _InstanceNorm):

@@ -53,8 +53,11 @@ def all_reduce_sum(row: Tensor, name: str) -> Tensor:
     return row
 
 
-def all_gather(row: Tensor, name: str) -> Tensor:
-    """Stack the rows of all ranks of the named group along a new leading dim."""
+def all_gather(row: Tensor, name: str, size: int | None = None) -> Tensor:
+    """Stack the rows of all ranks of the named group along a new leading dim; a traced call must know their number."""
+    if torch.compiler.is_compiling():
+        pending = torch.ops._c10d_functional.all_gather_into_tensor(row.unsqueeze(0), size, name)
+        return torch.ops._c10d_functional.wait_tensor(pending)  # type: ignore[no-any-return]
     group = find_group(name)
     rows = [torch.empty_like(row) for _ in range(dist.get_world_size(group))]
     dist.all_gather(rows, row, group=group)
