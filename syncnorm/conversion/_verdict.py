@@ -11,6 +11,7 @@ from syncnorm.conversion._replace import describe_norm, num_groups_for, replacem
 from syncnorm.conversion._targets import STATISTICS_FAMILIES, TARGET_OPTIONS
 from syncnorm.distributed import group_spec
 from syncnorm.modules import BatchNorm, SyncBatchNorm, SyncBatchNorm1d, SyncBatchNorm2d, SyncBatchNorm3d, SyncStatistics
+from syncnorm.modules._mixed_statistics import MixedStatistics
 
 __all__ = ["Verdict", "judge"]
 
@@ -32,6 +33,8 @@ def judge(layer: Layer, to: str, options: dict[str, Any]) -> Verdict:
     module = layer.module
     origin = origin_of(module)
     kept = type(module).__name__
+    if isinstance(module, MixedStatistics):
+        return Verdict("keep", kept, "no batch norm; shares its batch statistics over ranks by itself")
     if origin is not None:
         if origin.to == to and replacement_name(origin.module, to, options) == describe_norm(module):
             return Verdict("keep", kept, f"converted to {to} before")

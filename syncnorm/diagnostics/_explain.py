@@ -17,6 +17,7 @@ from syncnorm.errors import SyncNormError
 from syncnorm.functional._sync_batch_norm import _torch_serves
 from syncnorm.kernels import BACKENDS, objections
 from syncnorm.modules import SyncStatistics
+from syncnorm.modules._mixed_statistics import MixedStatistics
 
 __all__ = ["explain"]
 
@@ -51,9 +52,14 @@ def explain(module: nn.Module, x: Any = None) -> str:
     layers = find_layers(module)
     ours = [(layer.names[0], layer.module) for layer in layers if isinstance(layer.module, SyncStatistics)]
     others = [layer for layer in layers if keeps_batch_statistics(layer.module)]
-    others = [layer for layer in others if not isinstance(layer.module, SyncStatistics)]
+    others = [layer for layer in others if not isinstance(layer.module, SyncStatistics | MixedStatistics)]
+    mixed = [(layer.names[0], layer.module) for layer in layers if isinstance(layer.module, MixedStatistics)]
     inputs = {} if x is None else _inputs(module, [layer for _, layer in ours], x)
     texts = [_explain_layer(layer, name, inputs.get(id(layer)), x is not None) for name, layer in ours]
+    texts += [
+        f"{display(name)}: {type(layer).__name__}, batch statistics as one part of several\n  group    {_group(layer)[0]}"
+        for name, layer in mixed
+    ]
     if others:
         named = ", ".join(f"{type(layer.module).__name__} {display(layer.names[0])}" for layer in others)
         texts.append(f"not synchronised: {named}; syncnorm.plan(model) says what convert would do")
@@ -72,7 +78,7 @@ def _explain_layer(layer: SyncStatistics, name: str, x: Tensor | None, ran: bool
     return "\n".join([head, *(f"  {label:<7}  {text}" for label, text in lines)])
 
 
-def _group(layer: SyncStatistics) -> tuple[str, int | None]:
+def _group(layer: SyncStatistics | MixedStatistics) -> tuple[str, int | None]:
     """The group in words, and how many ranks it has as far as one rank can tell without meeting the others."""
     spec = layer._group_spec
     if not layer._sync:

@@ -85,7 +85,7 @@ def instance_moments(x: Tensor) -> tuple[Tensor, Tensor]:
     dims = list(range(2, x.dim()))
     if not x.numel():
         zeros = x.sum(dims)
-        return zeros, zeros
+        return zeros, torch.zeros_like(zeros)  # two tensors: Dynamo takes none twice
     var, mean = torch.var_mean(x, dims, correction=0)
     return mean, var
 

@@ -15,6 +15,7 @@ from syncnorm.modules._instance_norm import InstanceNorm1d, InstanceNorm2d, Inst
 from syncnorm.modules._layer_norm import LayerNorm
 from syncnorm.modules._rms_norm import RMSNorm
 from syncnorm.modules._statistics import TARGETS, SyncStatistics, is_synced, register_swap
+from syncnorm.modules._switchable_norm import SwitchableNorm1d, SwitchableNorm2d, SwitchableNorm3d
 from syncnorm.modules._sync_batch_norm import SyncBatchNorm, SyncBatchNorm1d, SyncBatchNorm2d, SyncBatchNorm3d
 from syncnorm.modules._weight_standardization import (
     WeightStandardizedConv1d,
@@ -45,6 +46,9 @@ __all__ = [
     "InstanceNorm3d",
     "LayerNorm",
     "RMSNorm",
+    "SwitchableNorm1d",
+    "SwitchableNorm2d",
+    "SwitchableNorm3d",
     "SyncBatchNorm",
     "SyncBatchNorm1d",
     "SyncBatchNorm2d",
