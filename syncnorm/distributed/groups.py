@@ -211,7 +211,8 @@ def _partition(spec: GroupSpec, world_name: str, world_size: int) -> list[tuple[
         return [tuple(range(start, start + spec.size)) for start in range(0, world_size, spec.size)]
     machine = torch.tensor([_machine_id()], dtype=torch.int64, device=collectives.group_device(world_name))
     machines: dict[int, list[int]] = {}
-    for rank, identity in enumerate(collectives.all_gather(machine, world_name).flatten().tolist()):
+    identities = collectives.all_gather(machine, world_name, world_size)  # while a graph is traced, too
+    for rank, identity in enumerate(identities.flatten().tolist()):
         machines.setdefault(identity, []).append(rank)
     return [tuple(members) for members in machines.values()]
 
