@@ -13,7 +13,10 @@ from syncnorm.modules._ghost_batch_norm import GhostBatchNorm1d, GhostBatchNorm2
 from syncnorm.modules._group_norm import GroupNorm
 from syncnorm.modules._instance_norm import InstanceNorm1d, InstanceNorm2d, InstanceNorm3d
 from syncnorm.modules._layer_norm import LayerNorm
+from syncnorm.modules._min_max_scale import MinMaxScale
 from syncnorm.modules._rms_norm import RMSNorm
+from syncnorm.modules._running_norm import RunningNorm
+from syncnorm.modules._standardize import Standardize
 from syncnorm.modules._statistics import TARGETS, SyncStatistics, is_synced, register_swap
 from syncnorm.modules._switchable_norm import SwitchableNorm1d, SwitchableNorm2d, SwitchableNorm3d
 from syncnorm.modules._sync_batch_norm import SyncBatchNorm, SyncBatchNorm1d, SyncBatchNorm2d, SyncBatchNorm3d
@@ -45,7 +48,10 @@ __all__ = [
     "InstanceNorm2d",
     "InstanceNorm3d",
     "LayerNorm",
+    "MinMaxScale",
     "RMSNorm",
+    "RunningNorm",
+    "Standardize",
     "SwitchableNorm1d",
     "SwitchableNorm2d",
     "SwitchableNorm3d",
