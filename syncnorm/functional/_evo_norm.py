@@ -45,7 +45,9 @@ def evo_norm_s0(
     check_groups("evo_norm_s0", input.size(1), num_groups)
     x = input.to(accumulate_dtype(input.dtype))
     grouped = x.unflatten(1, (num_groups, -1))
-    var = grouped.var(tuple(range(2, grouped.dim())), correction=0, keepdim=True)
+    dims = tuple(range(2, grouped.dim()))
+    # torch warns of a variance of nothing.
+    var = grouped.var(dims, correction=0, keepdim=True) if x.numel() else grouped.sum(dims, keepdim=True)
     scale = torch.rsqrt(var + eps).expand(-1, -1, grouped.size(2), *[-1] * (grouped.dim() - 3)).flatten(1, 2)
     scale = scale if weight is None else scale * over_dim(weight, x, 1)
     y = x * torch.sigmoid(over_dim(v, x, 1) * x) * scale

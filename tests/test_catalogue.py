@@ -1,0 +1,186 @@
+"""Tier: no process. What every method must bear: compile, export, copies, half precision, no samples, 1×1 maps, layouts."""
+
+import copy
+import io
+import re
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from syncnorm import modules
+from tests.catalogue import ELSEWHERE, METHODS, Method, inputs, layer
+
+MAPS = [method for method in METHODS if method.maps]
+TRACED = [method for method in METHODS if not method.variant]
+
+
+def over(methods: list[Method]) -> pytest.MarkDecorator:
+    return pytest.mark.parametrize("method", methods, ids=lambda method: method.name)
+
+
+@pytest.fixture(autouse=True)
+def expect_known_faults(request: pytest.FixtureRequest) -> None:
+    method = getattr(request.node, "callspec", None) and request.node.callspec.params["method"]
+    for pattern, why in method.faults.items() if method else ():
+        if re.search(pattern, request.node.name):
+            request.applymarker(pytest.mark.xfail(reason=why, strict=True))
+
+
+def results(module: nn.Module, xs: tuple[Tensor, ...]) -> dict[str, Tensor]:
+    """Output, gradients of inputs and parameters, and buffers after one step."""
+    xs = tuple(x.detach().requires_grad_() for x in xs)
+    y = module(*xs)
+    torch.manual_seed(13)
+    loss = (y * torch.randn(y.shape, dtype=torch.float64).to(y.dtype)).sum()
+    parameters = {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
+    gradients = torch.autograd.grad(loss, [*xs, *parameters.values()], allow_unused=True)
+    names = [f"dx{i}" for i in range(len(xs))] + [f"d{name}" for name in parameters]
+    found = {"y": y.detach()} | {n: g for n, g in zip(names, gradients, strict=True) if g is not None}
+    return found | {name: buffer.clone() for name, buffer in module.named_buffers()}
+
+
+def assert_same(got: dict[str, Tensor], want: dict[str, Tensor], atol: float = 1e-11) -> None:
+    assert got.keys() == want.keys()
+    for name in want:
+        torch.testing.assert_close(got[name], want[name], rtol=0, atol=atol, msg=lambda text, n=name: f"{n}: {text}")
+
+
+def test_every_public_layer_is_registered() -> None:
+    layers = {
+        name
+        for name in modules.__all__
+        if isinstance(getattr(modules, name), type) and issubclass(getattr(modules, name), nn.Module)
+    }
+    registered = {method.name.split(" ")[0] for method in METHODS}
+    missing = layers - registered - ELSEWHERE.keys()
+    assert not missing, f"add {sorted(missing)} to METHODS in tests/catalogue.py"
+    assert registered <= set(modules.__all__), registered - set(modules.__all__)
+
+
+@over(METHODS)
+def test_every_parameter_gets_a_gradient(method: Method) -> None:
+    module, xs = layer(method), inputs(method)
+    found = results(module, xs)
+    assert {f"d{name}" for name, parameter in module.named_parameters() if parameter.requires_grad} <= found.keys()
+    assert all(value.isfinite().all() for value in found.values() if value.is_floating_point())
+    assert repr(module)
+
+
+@over(TRACED)
+def test_compiles_in_one_graph(method: Method) -> None:
+    module, xs = layer(method), inputs(method)
+    want = results(copy.deepcopy(module), xs)
+    torch._dynamo.reset()
+    module.compile(fullgraph=True, backend="aot_eager")
+    assert_same(results(module, xs), want)
+
+
+@over(TRACED)
+def test_exports_in_evaluation(method: Method) -> None:
+    module, xs = layer(method).eval(), inputs(method)
+    with torch.no_grad():
+        want = module(*xs)
+        exported = torch.export.export(module, xs)
+        torch.testing.assert_close(exported.module()(*xs), want, rtol=0, atol=1e-11)
+
+
+@over(METHODS)
+def test_state_goes_into_another_layer(method: Method) -> None:
+    module, xs = layer(method), inputs(method)
+    results(module, xs)  # buffers move, where there are any
+    buffer = io.BytesIO()
+    torch.save(module.state_dict(), buffer)
+    buffer.seek(0)
+    other = method.make().double()
+    other.load_state_dict(torch.load(buffer, weights_only=True))
+    assert torch.equal(other.eval()(*xs), module.eval()(*xs))
+
+
+@over(METHODS)
+def test_copies_and_pickles(method: Method) -> None:
+    module, xs = layer(method).eval(), inputs(method)
+    copied = [copy.deepcopy(module)]
+    if method.pickles:
+        buffer = io.BytesIO()
+        torch.save(module, buffer)
+        buffer.seek(0)
+        copied.append(torch.load(buffer, weights_only=False))
+    want = module(*xs)
+    for other in copied:
+        assert torch.equal(other(*xs), want)
+        for mine, theirs in zip(module.parameters(), other.parameters(), strict=True):
+            assert mine.data_ptr() != theirs.data_ptr()
+
+
+@over(METHODS)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("training", [True, False])
+def test_half_inputs_come_back_in_half(method: Method, dtype: torch.dtype, training: bool) -> None:
+    module = layer(method).to(dtype if method.half_parameters else torch.float32).train(training)
+    exact = layer(method).train(training)
+    exact.load_state_dict({name: value.double() for name, value in module.state_dict().items()})
+    xs = tuple(x.to(dtype) for x in inputs(method))
+    mine, want = results(module, xs), results(exact, tuple(x.double() for x in xs))
+    assert mine["y"].dtype == dtype and mine["dx0"].dtype == dtype
+    # one rounding of the output and few of the gradients, which are sums of at most 60 terms
+    for name, roundings in (("y", 2), ("dx0", 8)):
+        scale = max(1.0, float(want[name].abs().max()))
+        error = float((mine[name].double() - want[name]).abs().max())
+        assert error <= roundings * torch.finfo(dtype).eps * scale, (name, error, scale)
+
+
+@over(METHODS)
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_an_empty_batch_gives_an_empty_output(method: Method, training: bool, dtype: torch.dtype) -> None:
+    module = layer(method).to(dtype if method.half_parameters else torch.float64).train(training)
+    xs = tuple(x.to(dtype) for x in inputs(method, batch=0))
+    shape = module(*(x.to(dtype) for x in inputs(method))).shape
+    before = {name: buffer.clone() for name, buffer in module.named_buffers()}
+    found = results(module, xs)
+    assert found["y"].shape == (0, *shape[1:]) and found["y"].dtype == dtype
+    for name, value in found.items():
+        if name not in before:
+            assert not value.any() and value.isfinite().all(), name
+        else:
+            assert torch.equal(value, before[name]), name
+
+
+@over(MAPS)
+@pytest.mark.parametrize("training", [True, False])
+def test_maps_of_one_value(method: Method, training: bool) -> None:
+    module, xs = layer(method).train(training), inputs(method, one_by_one=True)
+    found = results(module, xs)
+    assert found["y"].shape[2:] == xs[0].shape[2:]
+    assert all(value.isfinite().all() for value in found.values() if value.is_floating_point())
+
+
+@over(METHODS)
+def test_strides_do_not_matter(method: Method) -> None:
+    xs = inputs(method)
+    want = results(layer(method), xs)
+    x = xs[0]
+    strided = torch.stack([x, x.new_full(x.shape, torch.nan)], -1)[..., 0]
+    swapped = x.transpose(0, -1).contiguous().transpose(0, -1)
+    for other in (strided, swapped):
+        assert not other.is_contiguous()
+        assert_same(results(layer(method), (other, *xs[1:])), want)
+
+
+@over(MAPS)
+def test_channels_last_is_kept_and_does_not_matter(method: Method) -> None:
+    xs = inputs(method)
+    inner = xs[0].movedim(1, -1).contiguous().movedim(-1, 1)
+    found = results(layer(method), (inner, *xs[1:]))
+    assert_same(found, results(layer(method), xs))
+    if method.keeps_layout:
+        assert found["y"].movedim(1, -1).is_contiguous()
+        assert layer(method)(*xs).is_contiguous()
+
+
+@over(METHODS)
+def test_training_is_evaluation_where_claimed(method: Method) -> None:
+    module, xs = layer(method), inputs(method)
+    same = torch.equal(module.train()(*xs), module.eval()(*xs))
+    assert same == method.train_is_eval
