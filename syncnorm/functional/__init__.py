@@ -1,5 +1,6 @@
 """Differentiable public functions: core mathematics, a kernel backend and the meeting of ranks, joined."""
 
+from syncnorm.functional._adaptive_gradient_clip import adaptive_gradient_clip_
 from syncnorm.functional._adaptive_instance_norm import adaptive_instance_norm
 from syncnorm.functional._batch_renorm import batch_renorm
 from syncnorm.functional._conditional_norm import conditional_affine
@@ -20,6 +21,7 @@ from syncnorm.functional._sync_batch_norm import sync_batch_norm
 from syncnorm.functional._weight_standardization import weight_standardization
 
 __all__ = [
+    "adaptive_gradient_clip_",
     "adaptive_instance_norm",
     "batch_renorm",
     "conditional_affine",
