@@ -7,6 +7,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from syncnorm._version import __version__
+from syncnorm.calibration import TentAdapter, adapt_batch_norm
 from syncnorm.conversion import convert, disabled, no_stats_update, plan, register_adapter, revert
 from syncnorm.diagnostics import explain, inspect, list_norms
 from syncnorm.distributed import loss_weight
@@ -75,8 +76,10 @@ __all__ = [
     "SyncNormError",
     "SyncNormMismatch",
     "SyncNormPlugin",
+    "TentAdapter",
     "WeightStandardizedConv2d",
     "__version__",
+    "adapt_batch_norm",
     "convert",
     "disabled",
     "explain",

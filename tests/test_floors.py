@@ -19,8 +19,9 @@ FLOORS = {
     "testing": {"core", "distributed"},
 }
 FLOORS["conversion"] = FLOORS["modules"] | {"modules"}
+FLOORS["calibration"] = FLOORS["modules"] | {"modules"}
 FLOORS["diagnostics"] = FLOORS["conversion"] | {"conversion", "testing"}
-FLOORS["lightning"] = FLOORS["diagnostics"] | {"diagnostics"}
+FLOORS["lightning"] = FLOORS["diagnostics"] | {"diagnostics", "calibration"}
 FLOORS["cli"] = FLOORS["lightning"] | {"lightning"}
 
 # Which floors may name which library.

@@ -6,6 +6,7 @@ from syncnorm.functional._batch_renorm import batch_renorm
 from syncnorm.functional._conditional_norm import conditional_affine
 from syncnorm.functional._dynamic_tanh import dynamic_tanh
 from syncnorm.functional._evo_norm import evo_norm_s0
+from syncnorm.functional._evo_norm_b0 import evo_norm_b0
 from syncnorm.functional._filter_response_norm import filter_response_norm, thresholded_linear_unit
 from syncnorm.functional._frozen_batch_norm import frozen_batch_norm
 from syncnorm.functional._ghost_batch_norm import ghost_batch_norm
@@ -15,6 +16,7 @@ from syncnorm.functional._layer_norm import layer_norm
 from syncnorm.functional._masked_batch_norm import masked_batch_norm
 from syncnorm.functional._rms_norm import rms_norm
 from syncnorm.functional._running_norm import running_norm
+from syncnorm.functional._softmax_entropy import softmax_entropy
 from syncnorm.functional._standardize import destandardize, min_max_scale, standardize, undo_min_max_scale
 from syncnorm.functional._switchable_norm import switchable_norm
 from syncnorm.functional._sync_batch_norm import sync_batch_norm
@@ -27,6 +29,7 @@ __all__ = [
     "conditional_affine",
     "destandardize",
     "dynamic_tanh",
+    "evo_norm_b0",
     "evo_norm_s0",
     "filter_response_norm",
     "frozen_batch_norm",
@@ -38,6 +41,7 @@ __all__ = [
     "masked_batch_norm",
     "rms_norm",
     "running_norm",
+    "softmax_entropy",
     "standardize",
     "switchable_norm",
     "sync_batch_norm",

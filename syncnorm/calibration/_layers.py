@@ -1,0 +1,52 @@
+"""What the calibrations share: the batch norms of a model, the model within DDP, the tensor within a batch."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.parameter import is_lazy
+
+__all__ = ["batch_norms", "call_with_first_tensor", "first_tensor", "unwrap"]
+
+
+def batch_norms(model: nn.Module) -> dict[str, _BatchNorm]:
+    """Every batch norm in ``model`` by name, ours, torch's and their subclasses; a shared one once.
+
+    Raises:
+        ValueError: If one is lazy and has not seen its first input.
+    """
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, _BatchNorm)}
+    for name, layer in layers.items():
+        if any(is_lazy(t) for t in (*layer._parameters.values(), *layer._buffers.values()) if t is not None):
+            raise ValueError(f"{name} ({type(layer).__name__}) is lazy and has no shape yet. Run the model once first.")
+    return layers
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The model within DDP, whose own forward broadcasts buffers and so would wait for ranks with fewer batches."""
+    return model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
+
+
+def first_tensor(batch: Any) -> Tensor | None:
+    """The first tensor within nested tuples, lists and mappings."""
+    if isinstance(batch, Tensor):
+        return batch
+    parts = batch.values() if isinstance(batch, Mapping) else batch if isinstance(batch, (tuple, list)) else ()
+    return next((found for part in parts if (found := first_tensor(part)) is not None), None)
+
+
+def call_with_first_tensor(model: nn.Module, batch: Any) -> Any:
+    """Call ``model`` with the tensor that ``batch`` is or begins with, on the model's device."""
+    x = batch[0] if isinstance(batch, (tuple, list)) and batch else batch
+    if not isinstance(x, Tensor):
+        raise TypeError(
+            f"expected batches that are tensors or tuples that begin with one, got {type(x).__name__}. Say how the model "
+            "is called: forward=lambda model, batch: model(**batch)."
+        )
+    parameter = next(model.parameters(), None)
+    return model(x if parameter is None else x.to(parameter.device))
+
+
+Forward = Callable[[nn.Module, Any], Any]
+"""How a model is called with a batch."""
