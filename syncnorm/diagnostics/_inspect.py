@@ -149,7 +149,7 @@ def _notes(layer: Layer, model: nn.Module) -> list[str]:
             notes.append(f"convert would leave it: {verdict.reason}")
         if getattr(module, "momentum", 0.1) is None:
             notes.append("momentum=None, a cumulative average")
-        if _tensor(module, "running_mean") is None and not isinstance(module, nn.modules.lazy.LazyModuleMixin):
+        if _tensor(module, "running_var") is None and not isinstance(module, nn.modules.lazy.LazyModuleMixin):
             notes.append("no running statistics: evaluation uses the batch")
         if isinstance(module, SyncStatistics) and module.accumulate > 1:
             notes.append(f"statistics over {module.accumulate} micro-batches")

@@ -6,6 +6,7 @@ from syncnorm.modules._batch_renorm import BatchRenorm1d, BatchRenorm2d, BatchRe
 from syncnorm.modules._conditional_norm import ConditionalNorm
 from syncnorm.modules._dynamic_tanh import DynamicTanh
 from syncnorm.modules._evo_norm import EvoNormS0
+from syncnorm.modules._evo_norm_b0 import EvoNormB0
 from syncnorm.modules._families import FAMILIES
 from syncnorm.modules._filter_response_norm import TLU, FilterResponseNorm
 from syncnorm.modules._frozen_batch_norm import FrozenBatchNorm1d, FrozenBatchNorm2d, FrozenBatchNorm3d
@@ -35,6 +36,7 @@ __all__ = [
     "BatchRenorm3d",
     "ConditionalNorm",
     "DynamicTanh",
+    "EvoNormB0",
     "EvoNormS0",
     "FilterResponseNorm",
     "FrozenBatchNorm1d",
