@@ -2,6 +2,7 @@
 
 from syncnorm.functional._adaptive_gradient_clip import adaptive_gradient_clip_
 from syncnorm.functional._adaptive_instance_norm import adaptive_instance_norm
+from syncnorm.functional._batch_instance_norm import batch_instance_norm
 from syncnorm.functional._batch_renorm import batch_renorm
 from syncnorm.functional._conditional_norm import conditional_affine
 from syncnorm.functional._dynamic_tanh import dynamic_tanh
@@ -25,6 +26,7 @@ from syncnorm.functional._weight_standardization import weight_standardization
 __all__ = [
     "adaptive_gradient_clip_",
     "adaptive_instance_norm",
+    "batch_instance_norm",
     "batch_renorm",
     "conditional_affine",
     "destandardize",

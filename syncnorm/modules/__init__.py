@@ -1,6 +1,7 @@
 """Layers: the functions of :mod:`syncnorm.functional` with their state."""
 
 from syncnorm.modules._adaptive_instance_norm import AdaptiveInstanceNorm
+from syncnorm.modules._batch_instance_norm import BatchInstanceNorm1d, BatchInstanceNorm2d, BatchInstanceNorm3d
 from syncnorm.modules._batch_norm import BatchNorm
 from syncnorm.modules._batch_renorm import BatchRenorm1d, BatchRenorm2d, BatchRenorm3d
 from syncnorm.modules._conditional_norm import ConditionalNorm
@@ -30,6 +31,9 @@ from syncnorm.modules._weight_standardization import (
 
 __all__ = [
     "AdaptiveInstanceNorm",
+    "BatchInstanceNorm1d",
+    "BatchInstanceNorm2d",
+    "BatchInstanceNorm3d",
     "BatchNorm",
     "BatchRenorm1d",
     "BatchRenorm2d",
