@@ -2,8 +2,6 @@
 
 import copy
 import pickle
-from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
 
 import numpy as np
 import pytest
@@ -138,20 +136,22 @@ def test_state_and_copies() -> None:
         assert torch.equal(twin(more), expected)
 
 
-def _collect(norm: RunningNorm, data: np.ndarray) -> RunningNorm:
-    norm = copy.deepcopy(norm).reset()  # a tensor sent to a process shares its memory with the sender's
-    for row in data:
-        norm(torch.tensor(row))
+def _collect(sizes: list[int]) -> RunningNorm:
+    norm = RunningNorm(3)
+    with syncnorm.disabled(norm):  # a process of its own, as a worker is
+        for row in observations(*sizes)[1 + dist.get_rank()]:
+            norm(torch.tensor(row))
     return norm
 
 
+@pytest.mark.gloo
 def test_workers_are_merged() -> None:
-    own, a, b = observations(5, 40, 1)
+    sizes = [5, 40, 1]
+    everything = np.concatenate(observations(*sizes))
     norm = RunningNorm(3)
-    norm.update(torch.tensor(own))
-    with ProcessPoolExecutor(2, mp_context=get_context("forkserver")) as pool:
-        norm.merge(*pool.map(_collect, [norm, norm], [a, b]))
-    everything = np.concatenate([own, a, b])
+    norm.update(torch.tensor(observations(*sizes)[0]))
+    worker, other = run_ranks(_collect, 2, sizes)
+    norm.merge(worker, other.moments)
     assert norm.count == 46
     close(norm.mean, everything.mean(0))
     close(norm.var, everything.var(0), 1e-9)
