@@ -363,3 +363,14 @@ def test_weight_averaging_treats_ours_as_torchs() -> None:
 @pytest.mark.gloo
 def test_weight_averaging_over_ranks_equals_one_process() -> None:
     assert max(run_ranks(_averaging_error, 2, [3, 2])) <= 1e-12
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_a_layer_made_in_half_precision_has_float32_statistics(dtype: torch.dtype) -> None:
+    layer = syncnorm.SyncBatchNorm2d(3, dtype=dtype)
+    assert (layer.weight.dtype, layer.running_mean.dtype, layer.running_var.dtype) == (
+        dtype,
+        torch.float32,
+        torch.float32,
+    )
+    assert layer(torch.randn(2, 3, 4, 4).to(dtype)).dtype == dtype

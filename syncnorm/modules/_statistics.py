@@ -202,10 +202,6 @@ class SyncStatistics(_BatchNorm):
         module.__class__ = cls
         layer = cast(SyncStatistics, module)
         layer._set_up(spec or torch_group or GroupSpec(), backend or "auto", accumulate or 1, origin, torch_group)
-        for name in ("running_mean", "running_var"):
-            statistic = layer._buffers.get(name)
-            if statistic is not None and statistic.dtype in _HALVES:  # too coarse for a running average; see _apply
-                layer._buffers[name] = statistic.float()
         layer._arrive(**own)
         return layer
 
@@ -296,6 +292,10 @@ class SyncStatistics(_BatchNorm):
         self._group_spec, self.backend, self._sync, self._synced_over = spec, backend, True, 0
         self._origin, self._torch_group = origin, torch_group
         self._set_pending(accumulate)
+        for name in ("running_mean", "running_var"):
+            statistic = self._buffers.get(name)
+            if statistic is not None and statistic.dtype in _HALVES:  # too coarse for a running average; see _apply
+                self._buffers[name] = statistic.float()
 
     def _set_pending(self, accumulate: int) -> None:
         self.accumulate = accumulate

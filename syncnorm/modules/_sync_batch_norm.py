@@ -23,7 +23,7 @@ _ARGUMENTS = """
             group), a ``ProcessGroup``, or a one-dimensional ``DeviceMesh`` such as ``mesh["dp"]``. Looked up at the first
             training forward; before there is a process group the layer is plain batch norm.
         device: Of parameters and buffers.
-        dtype: Of parameters and buffers. Running statistics that are float32 stay so under ``.half()`` and ``.bfloat16()``.
+        dtype: Of parameters and buffers. Running statistics are at least float32, also under ``.half()`` and ``.bfloat16()``.
         bias: With ``affine``, whether to learn the bias too.
         backend: ``"auto"``, or a kernel backend by name, which then runs or says why not.
         accumulate: Micro-batches whose pooled statistics make one update of the running ones (gradient accumulation).
