@@ -120,6 +120,17 @@ METHODS = [
     Method("FilterResponseNorm (learnable eps)", lambda: modules.FilterResponseNorm(6, learnable_eps=True), IMAGE),
     Method("TLU", lambda: modules.TLU(6), IMAGE),
     Method("EvoNormS0", lambda: modules.EvoNormS0(6, 3), IMAGE),
+    # the batch and the sample, mixed
+    Method("SwitchableNorm1d", lambda: modules.SwitchableNorm1d(6), (3, 6, 5), train_is_eval=False),
+    Method("SwitchableNorm1d (vectors)", lambda: modules.SwitchableNorm1d(6), (3, 6), train_is_eval=False, maps=False),
+    Method("SwitchableNorm2d", lambda: modules.SwitchableNorm2d(6), IMAGE, train_is_eval=False),
+    Method("SwitchableNorm2d (no batch)", lambda: modules.SwitchableNorm2d(6, using_bn=False), IMAGE),
+    Method("SwitchableNorm3d", lambda: modules.SwitchableNorm3d(6), (3, 6, 2, 3, 2), train_is_eval=False),
+    Method("BatchInstanceNorm1d", lambda: modules.BatchInstanceNorm1d(6), (3, 6, 5), train_is_eval=False),
+    Method("BatchInstanceNorm2d", lambda: modules.BatchInstanceNorm2d(6), IMAGE, train_is_eval=False),
+    Method("BatchInstanceNorm3d", lambda: modules.BatchInstanceNorm3d(6), (3, 6, 2, 3, 2), train_is_eval=False),
+    Method("EvoNormB0", lambda: modules.EvoNormB0(6), IMAGE, train_is_eval=False),
+    Method("EvoNormB0 (vectors)", lambda: modules.EvoNormB0(6), (3, 6), train_is_eval=False, maps=False),
     # an affine part from elsewhere
     Method(
         "ConditionalNorm",
