@@ -84,9 +84,9 @@ def batch_instance_norm(
     of_sample = (1 - rho) * torch.rsqrt(moments.sample_var + eps)
     if weight is not None:
         of_batch, of_sample = of_batch * weight, of_sample * weight
-    y = (x - beside(moments.mean, x)) * beside(of_batch, x) + (x - beside(moments.sample_mean, x)) * beside(
-        of_sample, x
-    )
+    # Both parts are affine in x, sample by sample: one pass over it does for the two.
+    shift = of_batch * (moments.sample_mean - moments.mean)
     if bias is not None:
-        y = y + beside(bias, x)
+        shift = shift + bias
+    y = (x - beside(moments.sample_mean, x)) * beside(of_batch + of_sample, x) + beside(shift, x)
     return y.to(input.dtype)
