@@ -38,6 +38,7 @@ from syncnorm.modules import (
     SyncBatchNorm2d,
     SyncBatchNorm3d,
     WeightStandardizedConv2d,
+    spectral_norm,
 )
 
 if TYPE_CHECKING:
@@ -90,6 +91,7 @@ __all__ = [
     "plan",
     "register_adapter",
     "revert",
+    "spectral_norm",
     "verify",
 ]
 

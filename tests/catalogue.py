@@ -6,6 +6,7 @@ cover a new method, add a line.
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import nn
@@ -28,6 +29,7 @@ class Method:
         half_parameters: Whether half inputs need parameters in half, as convolutions do.
         keeps_layout: Whether the output is laid out as the input; not where torch's own operator
             chooses (batch norm of sequences, convolutions of 1 and 3 dims).
+        follows_weights: Whether its buffers move with the weights, samples or not.
         variant: The code of another entry on another number of dims; compiled and exported there already.
         faults: Patterns of tests that fail, and why: expected to fail until this entry goes.
     """
@@ -41,14 +43,23 @@ class Method:
     pickles: bool = True
     half_parameters: bool = False
     keeps_layout: bool = True
+    follows_weights: bool = False
     variant: bool = False
     faults: Mapping[str, str] = field(default_factory=dict)
 
 
 IMAGE = (3, 6, 5, 4)
 
+
+def _fitted(module: Any) -> nn.Module:
+    module.fit([torch.randn(20, 6, dtype=torch.float64) * 2 + 1])
+    return module
+
+
+# y = x * w * (buffer * 2); buffer.add_(1), compiled, has the gradient of the new buffer, with Inductor too.
+_RECOMPUTED = "torch 2.13 recomputes, in a compiled backward, what came from a buffer, from the buffer as it is by then"
 _RENORM = {
-    "test_compiles_in_one_graph": "AOTAutograd (torch 2.13) recomputes r and d in the backward, from the updated statistics",
+    "test_compiles_in_one_graph": _RECOMPUTED,
     "test_an_empty_batch.*True": "an empty batch moves the clip rate",
 }
 
@@ -168,6 +179,36 @@ METHODS = [
         pickles=False,
         half_parameters=True,
     ),
+    Method(
+        "spectral_norm",
+        lambda: modules.spectral_norm(nn.Linear(6, 4)),
+        (3, 6),
+        maps=False,
+        train_is_eval=False,
+        pickles=False,
+        half_parameters=True,
+        follows_weights=True,
+    ),
+    Method(
+        "spectral_norm (operator)",
+        lambda: modules.spectral_norm(nn.Conv2d(6, 4, 1), norm="operator", input_shape=(5, 4)),
+        IMAGE,
+        train_is_eval=False,
+        pickles=False,
+        half_parameters=True,
+        follows_weights=True,
+    ),
+    # features
+    Method(
+        "RunningNorm",
+        lambda: modules.RunningNorm(6),
+        (3, 6),
+        train_is_eval=False,
+        maps=False,
+        faults={"test_compiles_in_one_graph": _RECOMPUTED},
+    ),
+    Method("Standardize", lambda: _fitted(modules.Standardize(6)), (3, 6), maps=False),
+    Method("MinMaxScale", lambda: _fitted(modules.MinMaxScale(6)), (3, 6), maps=False),
 ]
 
 # Public layers that another file runs through its own checks, and why.

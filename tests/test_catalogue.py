@@ -143,7 +143,7 @@ def test_an_empty_batch_gives_an_empty_output(method: Method, training: bool, dt
     for name, value in found.items():
         if name not in before:
             assert not value.any() and value.isfinite().all(), name
-        else:
+        elif not method.follows_weights:
             assert torch.equal(value, before[name]), name
 
 
@@ -182,5 +182,5 @@ def test_channels_last_is_kept_and_does_not_matter(method: Method) -> None:
 @over(METHODS)
 def test_training_is_evaluation_where_claimed(method: Method) -> None:
     module, xs = layer(method), inputs(method)
-    same = torch.equal(module.train()(*xs), module.eval()(*xs))
+    same = torch.equal(module.eval()(*xs), module.train()(*xs))
     assert same == method.train_is_eval

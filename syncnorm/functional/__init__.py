@@ -18,6 +18,7 @@ from syncnorm.functional._masked_batch_norm import masked_batch_norm
 from syncnorm.functional._rms_norm import rms_norm
 from syncnorm.functional._running_norm import running_norm
 from syncnorm.functional._softmax_entropy import softmax_entropy
+from syncnorm.functional._spectral_norm import spectral_norm
 from syncnorm.functional._standardize import destandardize, min_max_scale, standardize, undo_min_max_scale
 from syncnorm.functional._switchable_norm import switchable_norm
 from syncnorm.functional._sync_batch_norm import sync_batch_norm
@@ -44,6 +45,7 @@ __all__ = [
     "rms_norm",
     "running_norm",
     "softmax_entropy",
+    "spectral_norm",
     "standardize",
     "switchable_norm",
     "sync_batch_norm",

@@ -18,6 +18,7 @@ from syncnorm.modules._layer_norm import LayerNorm
 from syncnorm.modules._min_max_scale import MinMaxScale
 from syncnorm.modules._rms_norm import RMSNorm
 from syncnorm.modules._running_norm import RunningNorm
+from syncnorm.modules._spectral_norm import spectral_norm
 from syncnorm.modules._standardize import Standardize
 from syncnorm.modules._statistics import TARGETS, SyncStatistics, is_synced, register_swap
 from syncnorm.modules._switchable_norm import SwitchableNorm1d, SwitchableNorm2d, SwitchableNorm3d
@@ -74,5 +75,6 @@ __all__ = [
     "WeightStandardizedConv3d",
     "is_synced",
     "register_swap",
+    "spectral_norm",
     "weight_standardization",
 ]
