@@ -13,6 +13,7 @@ from syncnorm.diagnostics import explain, inspect, list_norms
 from syncnorm.distributed import loss_weight
 from syncnorm.errors import SyncNormError, SyncNormMismatch
 from syncnorm.modules import (
+    BatchNormLSTM,
     BatchRenorm1d,
     BatchRenorm2d,
     BatchRenorm3d,
@@ -29,6 +30,7 @@ from syncnorm.modules import (
     InstanceNorm2d,
     InstanceNorm3d,
     LayerNorm,
+    LayerNormLSTM,
     MinMaxScale,
     RMSNorm,
     RunningNorm,
@@ -48,6 +50,7 @@ if TYPE_CHECKING:
     from syncnorm.lightning import SyncNormPlugin as SyncNormPlugin
 
 __all__ = [
+    "BatchNormLSTM",
     "BatchRenorm1d",
     "BatchRenorm2d",
     "BatchRenorm3d",
@@ -64,6 +67,7 @@ __all__ = [
     "InstanceNorm2d",
     "InstanceNorm3d",
     "LayerNorm",
+    "LayerNormLSTM",
     "MinMaxScale",
     "RMSNorm",
     "RunningNorm",

@@ -14,6 +14,7 @@ from syncnorm.functional._ghost_batch_norm import ghost_batch_norm
 from syncnorm.functional._group_norm import group_norm
 from syncnorm.functional._instance_norm import instance_norm
 from syncnorm.functional._layer_norm import layer_norm
+from syncnorm.functional._lstm import lstm_layer
 from syncnorm.functional._masked_batch_norm import masked_batch_norm
 from syncnorm.functional._rms_norm import rms_norm
 from syncnorm.functional._running_norm import running_norm
@@ -40,6 +41,7 @@ __all__ = [
     "group_norm",
     "instance_norm",
     "layer_norm",
+    "lstm_layer",
     "min_max_scale",
     "masked_batch_norm",
     "rms_norm",

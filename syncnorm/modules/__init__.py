@@ -3,6 +3,7 @@
 from syncnorm.modules._adaptive_instance_norm import AdaptiveInstanceNorm
 from syncnorm.modules._batch_instance_norm import BatchInstanceNorm1d, BatchInstanceNorm2d, BatchInstanceNorm3d
 from syncnorm.modules._batch_norm import BatchNorm
+from syncnorm.modules._batch_norm_lstm import BatchNormLSTM
 from syncnorm.modules._batch_renorm import BatchRenorm1d, BatchRenorm2d, BatchRenorm3d
 from syncnorm.modules._conditional_norm import ConditionalNorm
 from syncnorm.modules._dynamic_tanh import DynamicTanh
@@ -15,6 +16,7 @@ from syncnorm.modules._ghost_batch_norm import GhostBatchNorm1d, GhostBatchNorm2
 from syncnorm.modules._group_norm import GroupNorm
 from syncnorm.modules._instance_norm import InstanceNorm1d, InstanceNorm2d, InstanceNorm3d
 from syncnorm.modules._layer_norm import LayerNorm
+from syncnorm.modules._layer_norm_lstm import LayerNormLSTM
 from syncnorm.modules._min_max_scale import MinMaxScale
 from syncnorm.modules._rms_norm import RMSNorm
 from syncnorm.modules._running_norm import RunningNorm
@@ -36,6 +38,7 @@ __all__ = [
     "BatchInstanceNorm2d",
     "BatchInstanceNorm3d",
     "BatchNorm",
+    "BatchNormLSTM",
     "BatchRenorm1d",
     "BatchRenorm2d",
     "BatchRenorm3d",
@@ -55,6 +58,7 @@ __all__ = [
     "InstanceNorm2d",
     "InstanceNorm3d",
     "LayerNorm",
+    "LayerNormLSTM",
     "MinMaxScale",
     "RMSNorm",
     "RunningNorm",

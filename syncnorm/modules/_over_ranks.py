@@ -21,6 +21,8 @@ class OverRanks(nn.Module):
 
     Args:
         process_group: Which ranks share statistics, as in :class:`syncnorm.SyncBatchNorm`.
+        *args: For the next class, where this is not the only base.
+        **kwargs: Likewise.
     """
 
     too_narrow: ClassVar[tuple[torch.dtype, ...]] = (torch.float16, torch.bfloat16, torch.float32)
@@ -30,8 +32,8 @@ class OverRanks(nn.Module):
     _sync: bool
     _synced_over: int
 
-    def __init__(self, process_group: object = None) -> None:
-        super().__init__()
+    def __init__(self, process_group: object = None, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
         self._group_spec, self._sync, self._synced_over = group_spec(process_group), True, 0
 
     @property
