@@ -56,13 +56,6 @@ def _fitted(module: Any) -> nn.Module:
     return module
 
 
-# y = x * w * (buffer * 2); buffer.add_(1), compiled, has the gradient of the new buffer, with Inductor too.
-_RECOMPUTED = "torch 2.13 recomputes, in a compiled backward, what came from a buffer, from the buffer as it is by then"
-_RENORM = {
-    "test_compiles_in_one_graph": _RECOMPUTED,
-    "test_an_empty_batch.*True": "an empty batch moves the clip rate",
-}
-
 METHODS = [
     # statistics of the batch
     Method("SyncBatchNorm", lambda: modules.SyncBatchNorm(6), (3, 6), train_is_eval=False, maps=False),
@@ -83,16 +76,14 @@ METHODS = [
         train_is_eval=False,
         maps=False,
         variant=True,
-        faults=_RENORM,
     ),
-    Method("BatchRenorm2d", lambda: modules.BatchRenorm2d(6), IMAGE, train_is_eval=False, faults=_RENORM),
+    Method("BatchRenorm2d", lambda: modules.BatchRenorm2d(6), IMAGE, train_is_eval=False),
     Method(
         "BatchRenorm3d",
         lambda: modules.BatchRenorm3d(6),
         (3, 6, 2, 3, 2),
         train_is_eval=False,
         variant=True,
-        faults=_RENORM,
     ),
     Method(
         "GhostBatchNorm1d",
@@ -205,7 +196,6 @@ METHODS = [
         (3, 6),
         train_is_eval=False,
         maps=False,
-        faults={"test_compiles_in_one_graph": _RECOMPUTED},
     ),
     Method("Standardize", lambda: _fitted(modules.Standardize(6)), (3, 6), maps=False),
     Method("MinMaxScale", lambda: _fitted(modules.MinMaxScale(6)), (3, 6), maps=False),
@@ -215,6 +205,8 @@ METHODS = [
 ELSEWHERE = {
     "BatchNorm": "torch's own arithmetic, whose empty batches count",
     "SyncStatistics": "the base of a family",
+    "LayerNormLSTM": "sequences and states in, sequences and states out",
+    "BatchNormLSTM": "sequences and states in, sequences and states out",
 }
 
 

@@ -237,6 +237,17 @@ def test_a_rank_that_refuses_its_input_lets_nobody_wait() -> None:
     assert second.startswith("BatchNormLSTM(2, 3) expects 2 features in the last dim, got an input [3, 2, 3]")
 
 
+def test_no_stats_update_normalises_by_the_batch_and_moves_nothing() -> None:
+    lstm, twin, x = randomised(), randomised(), torch.randn(3, 4, 2, dtype=torch.float64)
+    before = copy.deepcopy(lstm.state_dict())
+    with syncnorm.no_stats_update(nn.Sequential(lstm)):
+        y, _ = lstm(x)
+    torch.testing.assert_close(y, twin(x)[0])
+    assert all(torch.equal(value, before[name]) for name, value in lstm.state_dict().items())
+    lstm(x)
+    assert torch.equal(lstm.running_mean_l0, twin.running_mean_l0)
+
+
 def test_longer_sequences_reuse_the_last_statistics_and_say_so_once() -> None:
     lstm = randomised(max_length=2)
     for _ in range(3):

@@ -104,6 +104,8 @@ def test_frozen_and_evaluation_leave_the_moments_and_normalise() -> None:
     before, expected = norm.moments, norm.normalize(batch)
     assert torch.equal(norm.freeze()(batch), expected)
     assert torch.equal(norm.unfreeze().eval()(batch), expected)
+    with syncnorm.no_stats_update(norm.train()):
+        assert torch.equal(norm(batch), expected)
     assert all(torch.equal(a, b) for a, b in zip(before, norm.moments, strict=True))
     with pytest.raises(syncnorm.SyncNormError, match=r"RunningNorm is frozen, .* Call unfreeze\(\) first"):
         norm.freeze().update(batch)

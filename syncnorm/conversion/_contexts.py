@@ -52,7 +52,8 @@ def no_stats_update(model: nn.Module) -> Iterator[nn.Module]:
     """Within, training forwards normalise as always and leave running statistics and counters as they are.
 
     For the second pass of SAM, extra forwards of a GAN, and the like. Covers every batch norm, ours, torch's and
-    others', and instance norms that track statistics; micro-batches gathered by ``accumulate`` too. May be nested.
+    others', the BatchNormLSTM, a RunningNorm's forward, and instance norms that track statistics; micro-batches gathered by
+    ``accumulate`` too. May be nested.
 
     Args:
         model: Whatever holds the layers.
@@ -65,6 +66,9 @@ def no_stats_update(model: nn.Module) -> Iterator[nn.Module]:
             if isinstance(module, SyncStatistics | MixedStatistics) or type(module) in _KNOWN:
                 stack.callback(setattr, module, "track_running_stats", module.track_running_stats)
                 setattr(module, "track_running_stats", False)  # noqa: B010 - a Tensor or Module, say the stubs
+            elif isinstance(module, OverRanks):
+                stack.callback(setattr, module, "_tracks", module._tracks)
+                module._tracks = False
             elif isinstance(module, _BatchNorm | _InstanceNorm):
                 for handle in _lend_copies(module):
                     stack.callback(handle.remove)

@@ -35,6 +35,7 @@ class BatchNorms:
         num_batches_tracked: int64 ``[T_max]``.
         totals: Samples at each step over all ranks of the group.
         training: Normalise by the batch.
+        track: Whether a batch moves the running statistics.
         momentum: Weight of the new batch; None for the cumulative average.
         eps: Added to the variances.
         group: The ranks that meet.
@@ -53,6 +54,7 @@ class BatchNorms:
     num_batches_tracked: Tensor
     totals: Sequence[int]
     training: bool
+    track: bool
     momentum: float | None
     eps: float
     group: Group
@@ -85,7 +87,7 @@ class BatchNorms:
     ) -> Tensor:
         last = len(self.running_mean) - 1
         training = self.training and (step == 0 or self.totals[step] != 1)
-        tracked = not training or step <= last
+        tracked = not training or (self.track and step <= last)
         statistics = [b[min(step, last), start : start + x.size(1)] for b in (self.running_mean, self.running_var)]
         mean, var = statistics if tracked else (None, None)
         return sync_batch_norm(

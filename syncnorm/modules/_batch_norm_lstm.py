@@ -156,6 +156,7 @@ class BatchNormLSTM(OverRanks, NormLSTM):
                 self.get_buffer(f"num_batches_tracked{name}"),
                 totals,
                 self.training,
+                self._tracks,
                 self.momentum,
                 self.eps,
                 group,

@@ -31,10 +31,12 @@ class OverRanks(nn.Module):
     _group_spec: GroupSpec
     _sync: bool
     _synced_over: int
+    _tracks: bool  # False within no_stats_update
 
     def __init__(self, process_group: object = None, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._group_spec, self._sync, self._synced_over = group_spec(process_group), True, 0
+        self._tracks = True
 
     @property
     def process_group(self) -> str | int | GroupSpec:

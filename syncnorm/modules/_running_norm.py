@@ -107,7 +107,7 @@ class RunningNorm(OverRanks):
 
     def forward(self, input: Tensor) -> Tensor:
         """Merge ``input`` when training and not frozen, and normalise it."""
-        training = self.training and not self.frozen
+        training = self.training and not self.frozen and self._tracks
         group = self._group() if training else LOCAL
         return self._named(
             running_norm, input, self.count, self.mean, self.m2, training, self.eps, self.clip, group=group
