@@ -145,6 +145,8 @@ def test_compiled_step_equals_eager_and_limits_move_without_recompilation() -> N
             compiled(a).pow(3).sum().backward()
             eager(b).pow(3).sum().backward()
             torch.testing.assert_close(a.grad, b.grad, rtol=1e-10, atol=1e-10)
+            for mine, theirs in zip(ours.parameters(), eager.parameters(), strict=True):
+                torch.testing.assert_close(mine.grad, theirs.grad, rtol=1e-10, atol=1e-10)
     for name, value in eager.state_dict().items():
         torch.testing.assert_close(ours.state_dict()[name], value, rtol=1e-12, atol=1e-12)
 

@@ -40,8 +40,9 @@ def convert(
 
     Args:
         model: Any module; also one that is itself a batch norm.
-        to: ``"sync_batch_norm"``; ``"batch_renorm"``; ``"ghost_batch_norm"``; ``"frozen_batch_norm"``; ``"group_norm"``; ``"layer_norm"`` (over channels and space, as a group norm of one
-            group: right for any rank of input); ``"instance_norm"`` (without running statistics).
+        to: ``"sync_batch_norm"``; ``"batch_renorm"``; ``"ghost_batch_norm"``; ``"frozen_batch_norm"``; ``"group_norm"``;
+            ``"layer_norm"`` (over channels and space, as a group norm of one group: right for any rank of input);
+            ``"instance_norm"`` (without running statistics).
         include: Convert only these: a glob on the qualified name (``*`` matches dots too; the ``module.`` of DDP and
             the like may be left out), a module type, a callable ``(name, module) -> bool``, or a sequence of them.
             None means all.
@@ -51,9 +52,10 @@ def convert(
         strict: Raise, and change nothing, where a layer would be left with a warning.
         **options: For ``"sync_batch_norm"``: ``backend="auto"`` and ``accumulate=1``, as in
             :class:`syncnorm.SyncBatchNorm`. For ``"batch_renorm"``: ``r_max=3``, ``d_max=5`` and ``backend``. For
-            ``"ghost_batch_norm"``: ``virtual_batch_size``, which it needs, and ``backend``. For ``"group_norm"``: ``num_groups=32``; where it does not divide the
-            channels, the greatest common divisor is taken and said. For the norms without a batch:
-            ``affine=None`` (a weight and bias where the layer has them; True adds, False drops them).
+            ``"ghost_batch_norm"``: ``virtual_batch_size``, which it needs, and ``backend``. For ``"group_norm"``:
+            ``num_groups=32``; where it does not divide the channels, the greatest common divisor is taken and said. For
+            the norms without a batch: ``affine=None`` (a weight and bias where the layer has them; True adds, False drops
+            them).
 
     Returns:
         ``model``. Only where the model is itself a batch norm and converted to a norm without a batch, the new

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from syncnorm.core.layout import accumulate_dtype
 from syncnorm.core.moments import Moments
+from syncnorm.core.traced import not_recomputed
 
 __all__ = ["RenormLimits", "correct_affine", "renorm_correction"]
 
@@ -53,7 +54,9 @@ def renorm_correction(
     r_free, d_free = running_rstd / rstd, (batch.mean - running_mean.double()) * running_rstd
     r, d = r_free.clamp(1 / r_max, r_max), d_free.clamp(-d_max, d_max)
     if limits.clip_rate is not None:
-        limits.clip_rate.copy_(torch.stack([(r != r_free).double().mean(), (d != d_free).double().mean()]))
+        rates = torch.stack([(r != r_free).double().mean(), (d != d_free).double().mean()])
+        limits.clip_rate.copy_(rates * (batch.count > 0))  # a batch without samples clips nothing
+    r, d = not_recomputed(torch.stack([r, d])).unbind(0)
     return r, d
 
 

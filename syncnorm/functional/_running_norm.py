@@ -7,6 +7,7 @@ from torch import Tensor
 
 from syncnorm.core.features import add_moments, feature_moments
 from syncnorm.core.moments import Moments, merge_moments
+from syncnorm.core.traced import not_recomputed
 from syncnorm.distributed.gather import gather_rows, send_refusal
 from syncnorm.distributed.groups import Group, group_spec, resolve
 from syncnorm.functional._standardize import check_features, standardize
@@ -49,7 +50,7 @@ def running_norm(
         update_running_moments(input, count, mean, m2, group=group)
     else:
         check_features(input, mean.shape)
-    return standardize(input, mean, running_std(count, m2, eps), clip)
+    return standardize(input, not_recomputed(mean), not_recomputed(running_std(count, m2, eps)), clip)
 
 
 def running_std(count: Tensor, m2: Tensor, eps: float) -> Tensor:
