@@ -17,6 +17,7 @@ from syncnorm.distributed.groups import LOCAL, Group, GroupSpec, group_spec, res
 from syncnorm.errors import SyncNormError
 from syncnorm.functional import sync_batch_norm
 from syncnorm.functional._masked_batch_norm import masked_batch_norm
+from syncnorm.functional._sync_batch_norm import evaluate, validate
 from syncnorm.kernels import BACKENDS
 from syncnorm.modules._sharded import sharded_like
 
@@ -102,18 +103,21 @@ class SyncStatistics(_BatchNorm):
             raise type(error)(f"{type(self).__name__}({self.num_features}): {error}") from error
 
     def _normalize(self, input: Tensor) -> Tensor:
-        tracked = not self.training or self.track_running_stats
+        if not self.training:
+            validate(input, self.num_features, self.input_dims)
+            return evaluate(input, self.running_mean, self.running_var, self.weight, self.bias, self.eps)
+        tracked = self.track_running_stats
         return sync_batch_norm(
             input,
             self.running_mean if tracked else None,
             self.running_var if tracked else None,
             self.weight,
             self.bias,
-            self.training,
+            True,
             self.momentum,
             self.eps,
             num_batches_tracked=self.num_batches_tracked if tracked else None,
-            group=self._group() if self.training else LOCAL,
+            group=self._group(),
             backend=self.backend,
             pending=self._buffers.get("_pending") if tracked else None,
             accumulate=self.accumulate,
