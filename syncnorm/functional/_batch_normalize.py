@@ -21,6 +21,7 @@ from syncnorm.distributed.exchange import exchange_moments, exchange_sums
 from syncnorm.distributed.groups import Group
 from syncnorm.errors import SyncNormError
 from syncnorm.functional._checkpoint import is_recomputing, recall, remember, unseen_by_selective_checkpointing
+from syncnorm.functional._one_value import ONE_VALUE, refuse_one_value
 from syncnorm.kernels import choose
 
 __all__ = ["Walk", "batch_normalize", "batch_normalize_and_moments"]
@@ -70,7 +71,7 @@ def batch_normalize_and_moments(
         x, weight, bias, walk, None if walk.renorm is None else running
     )
     if count_per_channel(x) <= 1 and isinstance(count, Tensor):
-        torch._assert_async(count != 1, _ONE_VALUE)
+        torch._assert_async(count != 1, ONE_VALUE)
     if running is not None:
         update_running(running, Moments(count, mean, m2))
     return y, Moments(count, mean, m2)
@@ -88,7 +89,7 @@ class _Normalize(Function):
             if moments is None:
                 local = choose(walk.backend, x).batch_moments(flat) if x.numel() else empty_moments(x.size(1), x.device)
                 moments = exchange_moments(local, walk.group, needs_backward=walk.needs_backward)
-                _check_more_than_one(moments.count, x)
+                refuse_one_value(moments.count, count_per_channel(x), x.shape)
             rstd = moments.var.add_(walk.eps).rsqrt_()
             if walk.renorm is not None:
                 if not correction:
@@ -263,21 +264,3 @@ def _apply(function: type[Function], *arguments: Any) -> Any:
     if torch._C._are_functorch_transforms_active():
         return function.apply(*arguments)
     return super(Function, function).apply(*arguments)  # type: ignore[misc]
-
-
-_ONE_VALUE = "expected more than 1 value per channel in the whole group when training, got 1"
-
-
-def _check_more_than_one(count: Tensor | float, x: Tensor) -> None:
-    # A rank with two values knows the answer, so a count on an accelerator is read only where this rank has at most one.
-    if count_per_channel(x) > 1:
-        return
-    if isinstance(count, Tensor):
-        if torch.compiler.is_compiling() or (count.is_cuda and torch.cuda.is_current_stream_capturing()):
-            return
-        count = count.item()
-    if count == 1:
-        raise ValueError(
-            f"{_ONE_VALUE} (this rank's input is {list(x.shape)}). Variance needs two: use a larger batch or map, more "
-            "ranks per group, or a norm that does not use the batch (syncnorm.convert(model, to='group_norm'))."
-        )

@@ -18,6 +18,7 @@ from syncnorm.core.running import RunningStatistics, update_running
 from syncnorm.distributed.exchange import exchange_moments, exchange_sums
 from syncnorm.distributed.groups import LOCAL, Group
 from syncnorm.functional._checkpoint import is_recomputing, recall, remember, unseen_by_selective_checkpointing
+from syncnorm.functional._one_value import ONE_VALUE, refuse_one_value
 from syncnorm.functional._sync_batch_norm import needs_grad
 from syncnorm.kernels import choose
 
@@ -68,7 +69,7 @@ def sync_moments(
         return mean, var
     mean, var, count = _SyncMoments.apply(x, within, weights, call, None)  # type: ignore[no-untyped-call]
     if refuse_one_value and count_per_channel(x) * size <= 1 and isinstance(count, Tensor):
-        torch._assert_async(count != 1, _ONE_VALUE)
+        torch._assert_async(count != 1, ONE_VALUE)
     if running is not None:
         update_running(running, Moments(count.detach(), mean.detach(), (var * count).detach()))
     return mean, var
@@ -165,7 +166,7 @@ class _SyncMoments(Function):
                 local = _local_moments(x, within, weights, call)
                 moments = exchange_moments(local, call.group, needs_backward=call.needs_backward)
                 if call.refuse_one_value:
-                    _check_more_than_one(moments.count, local.count)
+                    refuse_one_value(moments.count, local.count)
             if not recomputing and not torch.compiler.is_compiling():
                 remember(call.site, (moments, ()))
                 if running is not None:
@@ -246,21 +247,3 @@ def _weighted_moments(x: Tensor, weights: Tensor) -> Moments:
     m2 = (w * (values - beside(mean, x)).square()).sum(dims)
     known = count if torch.compiler.is_compiling() or count.device.type != "cpu" or type(count) is not Tensor else None
     return Moments(float(count.numpy()) if known is None else known, mean, m2)
-
-
-_ONE_VALUE = "expected more than 1 value per channel in the whole group when training, got 1"
-
-
-def _check_more_than_one(count: Tensor | float, local: Tensor | float) -> None:
-    # A rank with two values knows the answer, so a count on an accelerator is read only where this rank has at most one.
-    if not isinstance(local, Tensor) and local > 1:
-        return
-    if isinstance(count, Tensor):
-        if torch.compiler.is_compiling() or (count.is_cuda and torch.cuda.is_current_stream_capturing()):
-            return
-        count = count.item()
-    if count == 1:
-        raise ValueError(
-            f"{_ONE_VALUE}. Variance needs two: use a larger batch or map, more ranks per group, or a norm that does not "
-            "use the batch (syncnorm.convert(model, to='group_norm'))."
-        )
