@@ -385,8 +385,8 @@ class _OnDevice(Tensor):
 
 def _reads_nothing_back(on_device: bool) -> None:
     if on_device:
-        reduce = exchange.all_reduce_sum
-        exchange.all_reduce_sum = lambda row, name: reduce(row, name).as_subclass(_OnDevice)
+        reduce = exchange.sum_row
+        exchange.sum_row = lambda row, group: reduce(row, group).as_subclass(_OnDevice)
     for options in (
         {},
         {"momentum": None},

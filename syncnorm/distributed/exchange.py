@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from syncnorm.core.moments import Moments, from_sums, to_sums
-from syncnorm.distributed.collectives import all_reduce_sum
 from syncnorm.distributed.groups import Group
+from syncnorm.distributed.wire import sum_row
 from syncnorm.errors import SyncNormMismatch
 
 __all__ = ["exchange_moments", "exchange_row", "exchange_sums", "send_poison"]
@@ -55,7 +55,7 @@ def exchange_row(row: Tensor, group: Group, *, needs_backward: bool) -> tuple[Te
     """
     if group.size == 1:
         return row, None
-    row = all_reduce_sum(torch.cat([row, row.new_full((1,), float(needs_backward))]), group.name)
+    row = sum_row(torch.cat([row, row.new_full((1,), float(needs_backward))]), group)
     if torch.compiler.is_compiling() or row.device.type != "cpu" or type(row) is not Tensor:
         return row[:-1], None
     words = row.numpy()  # host memory: two reads of it are no tensor operations and wait for nothing
@@ -65,14 +65,14 @@ def exchange_row(row: Tensor, group: Group, *, needs_backward: bool) -> tuple[Te
 
 def exchange_sums(local: Tensor, group: Group) -> Tensor:
     """Sum of ``local`` (float64, any shape) over the ranks of ``group``."""
-    return local if group.size == 1 else all_reduce_sum(local.contiguous(), group.name)
+    return local if group.size == 1 else sum_row(local.contiguous(), group)
 
 
 def send_poison(num_features: int, device: torch.device, group: Group) -> None:
     """Meet the other ranks in place of a forward that this rank refuses, so that they raise and do not wait."""
     row = torch.zeros(2 * num_features + 2, dtype=torch.float64, device=device)
     row[-1] = _POISON
-    all_reduce_sum(row, group.name)
+    sum_row(row, group)
 
 
 def _check_agreement(word: float, group: Group, needs_backward: bool) -> None:
