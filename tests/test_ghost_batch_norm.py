@@ -9,7 +9,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from syncnorm.modules import GhostBatchNorm1d, GhostBatchNorm2d, GhostBatchNorm3d
+import syncnorm
+from syncnorm.modules import GhostBatchNorm1d, GhostBatchNorm2d, GhostBatchNorm3d, SyncBatchNorm, SyncBatchNorm2d
+from syncnorm.modules._ghost_batch_norm import GhostBatchNorm
 from syncnorm.testing import count_collectives, run_ranks
 from tests.oracles import errors, my_slice, randomise_affine, results, whole_batch
 
@@ -35,10 +37,10 @@ class Ghosts(nn.BatchNorm2d):
         return torch.cat(whole)
 
 
-def pair(virtual_batch_size: int, sizes: list[int]) -> tuple[GhostBatchNorm2d, Ghosts]:
+def pair(virtual_batch_size: int, sizes: list[int], make: Any = GhostBatchNorm2d) -> tuple[nn.Module, Ghosts]:
     theirs = Ghosts(3, sizes, dtype=torch.float64)
     randomise_affine(theirs)
-    ours = GhostBatchNorm2d(3, virtual_batch_size, dtype=torch.float64)
+    ours = make(3, virtual_batch_size=virtual_batch_size, dtype=torch.float64)
     ours.load_state_dict(theirs.state_dict())
     return ours, theirs
 
@@ -89,9 +91,9 @@ def test_ranks_cut_their_batches_and_share_running_statistics(splits: list[int])
         assert max(per_rank.values()) <= 1e-12, per_rank
 
 
-def _join() -> dict[str, float]:
+def _join(make: Any) -> dict[str, float]:
     part = my_slice([3, 3, 3, 3])
-    ours, theirs = pair(6, [6, 6])
+    ours, theirs = pair(6, [6, 6], make)
     x, loss_weight = whole_batch((12, 3, 4, 5))
     exact = results(theirs, x, loss_weight)
     worst = errors(results(ours, x[part], loss_weight[part]), exact, part)
@@ -106,8 +108,9 @@ def _join() -> dict[str, float]:
 
 
 @pytest.mark.gloo
-def test_ranks_are_joined_where_a_ghost_is_larger_than_a_batch() -> None:
-    for per_rank in run_ranks(_join, 4):
+@pytest.mark.parametrize("make", [GhostBatchNorm2d, SyncBatchNorm2d, SyncBatchNorm])
+def test_ranks_are_joined_where_a_ghost_is_larger_than_a_batch(make: Any) -> None:
+    for per_rank in run_ranks(_join, 4, make):
         assert max(per_rank.values()) <= 1e-12, per_rank
 
 
@@ -138,6 +141,35 @@ def test_one_process_refuses_a_ghost_larger_than_its_batch() -> None:
         GhostBatchNorm1d(2, 0)
     with pytest.raises(ValueError, match="virtual_batch_size=1 leaves one value per channel in a ghost"):
         GhostBatchNorm1d(2, 1)(torch.randn(4, 2))
+
+
+@pytest.mark.parametrize("make", [SyncBatchNorm2d, SyncBatchNorm])
+def test_the_knob_of_sync_batch_norm_makes_ghosts(make: Any) -> None:
+    layer, theirs = pair(4, [4, 4, 1], make)
+    x, loss_weight = whole_batch((9, 3, 4, 5))
+    exact, mine = results(theirs, x, loss_weight), results(layer, x, loss_weight)
+    for name in exact:
+        torch.testing.assert_close(mine[name], exact[name], rtol=1e-12, atol=1e-12, msg=name)
+    assert isinstance(layer, make)
+    assert isinstance(layer, GhostBatchNorm2d if make is SyncBatchNorm2d else GhostBatchNorm)
+    assert layer.settings() == {"process_group": "world", "backend": "auto", "accumulate": 1, "virtual_batch_size": 4}
+    whole = syncnorm.convert(nn.Sequential(layer))[0]  # and back: all samples again
+    assert type(whole) is make
+    assert "virtual_batch_size" not in vars(whole)
+    plain = make(3, virtual_batch_size=None, dtype=torch.float64)
+    torch.testing.assert_close(plain(x), nn.functional.batch_norm(x, None, None, training=True), rtol=1e-12, atol=1e-12)
+
+
+def test_the_knob_refuses_what_it_cannot_mean() -> None:
+    class Own(SyncBatchNorm2d):
+        pass
+
+    with pytest.raises(ValueError, match="virtual_batch_size=4 and accumulate=2 exclude each other"):
+        SyncBatchNorm2d(3, virtual_batch_size=4, accumulate=2)
+    with pytest.raises(ValueError, match="virtual_batch_size is a number of samples, at least 1; got 0"):
+        SyncBatchNorm2d(3, virtual_batch_size=0)
+    with pytest.raises(TypeError, match=r"not a Own\. Subclass .*'GhostBatchNorm2d'"):
+        Own(3, virtual_batch_size=4)
 
 
 def test_evaluation_and_state_are_batch_norms() -> None:

@@ -1,17 +1,21 @@
-"""Ghost batch norm layers: one knob for the number of samples that share a statistic, below or above a rank's batch."""
+"""Ghost batch norm layers: one knob for the number of samples that share a statistic, below or above a rank's batch.
+
+SyncBatchNorm with a ``virtual_batch_size`` is one of these.
+"""
 
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from syncnorm.distributed.collectives import all_gather
 from syncnorm.distributed.groups import LOCAL, Group, GroupSpec, resolve
 from syncnorm.errors import SyncNormError
 from syncnorm.functional._ghost_batch_norm import ghost_batch_norm
-from syncnorm.modules._statistics import SyncStatistics
+from syncnorm.modules._statistics import GHOSTS, SyncStatistics
+from syncnorm.modules._sync_batch_norm import SyncBatchNorm, SyncBatchNorm1d, SyncBatchNorm2d, SyncBatchNorm3d
 
-__all__ = ["GhostBatchNorm1d", "GhostBatchNorm2d", "GhostBatchNorm3d"]
+__all__ = ["GhostBatchNorm", "GhostBatchNorm1d", "GhostBatchNorm2d", "GhostBatchNorm3d"]
 
 
 class _GhostBatchNorm(SyncStatistics):
@@ -67,7 +71,6 @@ class _GhostBatchNorm(SyncStatistics):
         bias: bool = True,
         backend: str = "auto",
     ) -> None:
-        check_virtual_batch_size(virtual_batch_size)
         super().__init__(
             num_features, eps, momentum, affine, track_running_stats, process_group, device, dtype,
             bias=bias, backend=backend,
@@ -75,6 +78,8 @@ class _GhostBatchNorm(SyncStatistics):
         self._arrive(virtual_batch_size)
 
     def _arrive(self, virtual_batch_size: int) -> None:
+        if isinstance(virtual_batch_size, bool) or not isinstance(virtual_batch_size, int) or virtual_batch_size < 1:
+            raise ValueError(f"virtual_batch_size is a number of samples, at least 1; got {virtual_batch_size!r}.")
         self.virtual_batch_size = virtual_batch_size
         self._ranks_per_ghost = 0  # not known yet
 
@@ -151,25 +156,27 @@ class _GhostBatchNorm(SyncStatistics):
         return f"{super().extra_repr()}, virtual_batch_size={self.virtual_batch_size}"
 
 
-def check_virtual_batch_size(value: object) -> None:
-    """Raise ValueError unless ``value`` is a number of samples."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ValueError(f"virtual_batch_size is a number of samples, at least 1; got {value!r}.")
+class GhostBatchNorm(_GhostBatchNorm, SyncBatchNorm):
+    __doc__ = str(_GhostBatchNorm.__doc__)
 
 
-class GhostBatchNorm1d(_GhostBatchNorm, nn.BatchNorm1d):
-    __doc__ = _GhostBatchNorm.__doc__
-    reverts_to = nn.BatchNorm1d
-    input_dims = (2, 3)
+class GhostBatchNorm1d(_GhostBatchNorm, SyncBatchNorm1d):
+    __doc__ = str(_GhostBatchNorm.__doc__)
 
 
-class GhostBatchNorm2d(_GhostBatchNorm, nn.BatchNorm2d):
-    __doc__ = _GhostBatchNorm.__doc__
-    reverts_to = nn.BatchNorm2d
-    input_dims = (4,)
+class GhostBatchNorm2d(_GhostBatchNorm, SyncBatchNorm2d):
+    __doc__ = str(_GhostBatchNorm.__doc__)
 
 
-class GhostBatchNorm3d(_GhostBatchNorm, nn.BatchNorm3d):
-    __doc__ = _GhostBatchNorm.__doc__
-    reverts_to = nn.BatchNorm3d
-    input_dims = (5,)
+class GhostBatchNorm3d(_GhostBatchNorm, SyncBatchNorm3d):
+    __doc__ = str(_GhostBatchNorm.__doc__)
+
+
+GHOSTS.update(
+    {
+        SyncBatchNorm: GhostBatchNorm,
+        SyncBatchNorm1d: GhostBatchNorm1d,
+        SyncBatchNorm2d: GhostBatchNorm2d,
+        SyncBatchNorm3d: GhostBatchNorm3d,
+    }
+)

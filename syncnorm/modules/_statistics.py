@@ -21,10 +21,13 @@ from syncnorm.functional._sync_batch_norm import evaluate, validate
 from syncnorm.kernels import BACKENDS
 from syncnorm.modules._sharded import sharded_like
 
-__all__ = ["TARGETS", "SyncStatistics", "is_synced", "register_swap"]
+__all__ = ["GHOSTS", "TARGETS", "SyncStatistics", "is_synced", "register_swap"]
 
 TARGETS: dict[type[nn.Module], type["SyncStatistics"]] = {}
 """Which class each exact type is swapped to."""
+
+GHOSTS: dict[type["SyncStatistics"], type["SyncStatistics"]] = {}
+"""Which class a layer made with a ``virtual_batch_size`` has, by the class that was called."""
 
 _WIDE = ("_pending", "_limits", "_clip_rate")
 """Buffers that stay float64 whatever the model is cast to."""
@@ -80,6 +83,7 @@ class SyncStatistics(_BatchNorm):
         bias: bool = True,
         backend: str = "auto",
         accumulate: int = 1,
+        virtual_batch_size: int | None = None,
     ) -> None:
         if eps < 0:
             raise ValueError(f"eps must be positive, got {eps}.")
@@ -88,6 +92,8 @@ class SyncStatistics(_BatchNorm):
         if affine and not bias:
             self.register_parameter("bias", None)
         self._set_up(group_spec(process_group), backend, accumulate)
+        if virtual_batch_size is not None:
+            self._become_ghosts(virtual_batch_size)
 
     def forward(self, input: Tensor, mask: Tensor | None = None) -> Tensor:
         """Normalise ``input`` [N, C, *]: by the statistics of all ranks when training, by the running ones otherwise.
@@ -269,6 +275,21 @@ class SyncStatistics(_BatchNorm):
 
     def _leave(self) -> None:
         """Take it away."""
+
+    def _become_ghosts(self, virtual_batch_size: int) -> None:
+        ghosts = GHOSTS.get(type(self))
+        if ghosts is None:
+            raise TypeError(
+                f"virtual_batch_size makes one of {[made.__name__ for made in GHOSTS]} a ghost batch norm, not a "
+                f"{type(self).__name__}. Subclass {[made.__name__ for made in GHOSTS.values()]} instead."
+            )
+        if self.accumulate > 1:
+            raise ValueError(
+                f"virtual_batch_size={virtual_batch_size} and accumulate={self.accumulate} exclude each other: the running "
+                "statistics of ghosts are averages over ghosts, not those of a pooled batch. Choose one."
+            )
+        self.__class__ = ghosts
+        self._arrive(virtual_batch_size)
 
     def _group(self) -> Group:
         if not self._sync:

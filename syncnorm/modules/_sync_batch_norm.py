@@ -28,6 +28,9 @@ _ARGUMENTS = """
         backend: ``"auto"``, or a kernel backend by name, which then runs or says why not.
         accumulate: Micro-batches whose pooled statistics make one update of the running ones (gradient accumulation).
             Each micro-batch is still normalised by its own.
+        virtual_batch_size: Samples that share a statistic: fewer than the batch of a rank, which is then cut, or as many as
+            several ranks have, which are then joined. The layer made is the :class:`syncnorm.GhostBatchNorm2d` of as many
+            dims, a subclass of this class. None for all samples of all ranks.
 
     Shape:
         Input {shape}; output the same. Statistics over all dims but C and over all ranks of the group.
