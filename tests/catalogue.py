@@ -120,6 +120,7 @@ METHODS = [
     Method("InstanceNorm3d", lambda: modules.InstanceNorm3d(6, affine=True), (3, 6, 2, 3, 2), variant=True),
     Method("FilterResponseNorm", lambda: modules.FilterResponseNorm(6), IMAGE),
     Method("FilterResponseNorm (learnable eps)", lambda: modules.FilterResponseNorm(6, learnable_eps=True), IMAGE),
+    Method("FilterResponseNorm (TLU inside)", lambda: modules.FilterResponseNorm(6, tlu=True), IMAGE),
     Method("TLU", lambda: modules.TLU(6), IMAGE),
     Method("EvoNormS0", lambda: modules.EvoNormS0(6, 3), IMAGE),
     # the batch and the sample, mixed

@@ -96,6 +96,16 @@ def test_tlu_is_the_larger_of_input_and_threshold() -> None:
     assert layer(y.half()).dtype == torch.float16
 
 
+def test_tlu_inside_is_tlu_behind() -> None:
+    inside, norm, behind = syncnorm.FilterResponseNorm(3, tlu=True), syncnorm.FilterResponseNorm(3), TLU(3)
+    with torch.no_grad():
+        for threshold in (inside.threshold, behind.threshold):
+            threshold.copy_(torch.tensor([-0.5, 0.0, 0.5]))
+    x = torch.randn(2, 3, 4)
+    assert torch.equal(inside(x), behind(norm(x)))
+    assert sorted(inside.state_dict()) == ["bias", "threshold", "weight"] and "tlu=True" in repr(inside)
+
+
 def test_errors_say_what_to_do() -> None:
     with pytest.raises(ValueError, match=r"eps must be positive, got 0\. The paper uses 1e-6"):
         syncnorm.FilterResponseNorm(4, eps=0)

@@ -64,6 +64,14 @@ def test_running_statistics_are_torchs() -> None:
     assert ours.eval()(x.half()).dtype == torch.float16
 
 
+def test_running_statistics_in_a_checkpoint_without_metadata_are_unexpected_keys() -> None:
+    tracked = dict(syncnorm.InstanceNorm2d(4, affine=True, track_running_stats=True).state_dict())
+    layer = syncnorm.InstanceNorm2d(4, affine=True)
+    assert layer.load_state_dict(tracked, strict=False).unexpected_keys == [
+        "running_mean", "running_var", "num_batches_tracked",
+    ]  # fmt: skip
+
+
 @pytest.mark.parametrize(("dtype", "mean"), [(torch.float16, 200.0), (torch.bfloat16, 200.0), (torch.float32, 1000.0)])
 def test_a_large_mean_in_every_dtype(dtype: torch.dtype, mean: float) -> None:
     x = (sample(2, 4, 8, 8) + mean).to(dtype)

@@ -17,6 +17,7 @@ def filter_response_norm(
     eps: float = 1e-6,
     *,
     learned_eps: Tensor | None = None,
+    threshold: Tensor | None = None,
 ) -> Tensor:
     """Divide each channel of each sample by its root mean square over space: ``y = x / sqrt(ν² + ε) · γ + β``.
 
@@ -28,6 +29,7 @@ def filter_response_norm(
         bias: β, ``[C]`` or None.
         eps: ε, or its constant part.
         learned_eps: ε_l, a scalar or ``[C]``, or None. Then ε = eps + abs(ε_l).
+        threshold: τ, ``[C]``, for :func:`thresholded_linear_unit` of the result, before it is rounded; or None.
 
     Returns:
         Tensor like ``input``, in its dtype and layout. Squares are taken in at least float32: 300² is beyond float16.
@@ -47,7 +49,8 @@ def filter_response_norm(
     else:
         scale = torch.rsqrt(nu2 + (eps + over_dim(learned_eps.to(x.dtype).abs(), x, 1)))
     y = x * (scale if weight is None else scale * over_dim(weight, x, 1))
-    return (y if bias is None else y + over_dim(bias, x, 1)).to(input.dtype)
+    y = y if bias is None else y + over_dim(bias, x, 1)
+    return (y if threshold is None else thresholded_linear_unit(y, threshold)).to(input.dtype)
 
 
 def thresholded_linear_unit(input: Tensor, threshold: Tensor) -> Tensor:

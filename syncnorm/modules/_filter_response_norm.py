@@ -13,8 +13,8 @@ __all__ = ["TLU", "FilterResponseNorm"]
 class FilterResponseNorm(nn.Module):
     """Divide each channel of each sample by its RMS over space; see :func:`syncnorm.functional.filter_response_norm`.
 
-    Does not depend on the batch; the same in training and evaluation. It is meant to be followed by a :class:`TLU`,
-    because without centring activations can sit away from zero.
+    Does not depend on the batch; the same in training and evaluation. It is meant to be followed by a :class:`TLU`, in the
+    place of a ReLU, because without centring activations can sit away from zero.
 
     Args:
         num_features: C, the size of dim 1 of the input.
@@ -23,6 +23,7 @@ class FilterResponseNorm(nn.Module):
             (1×1 maps, ``[N, C]``), where the paper needs it.
         device: Of the parameters.
         dtype: Of the parameters.
+        tlu: Have the TLU inside, its τ as the parameter ``threshold``.
 
     Shape:
         Input ``[N, C, *]``; output the same.
@@ -44,6 +45,8 @@ class FilterResponseNorm(nn.Module):
         learnable_eps: bool = False,
         device: Any = None,
         dtype: Any = None,
+        *,
+        tlu: bool = False,
     ) -> None:
         super().__init__()
         if eps < 0 or (eps == 0 and not learnable_eps):
@@ -53,14 +56,18 @@ class FilterResponseNorm(nn.Module):
         self.bias = nn.Parameter(torch.zeros(num_features, device=device, dtype=dtype))
         learned = nn.Parameter(torch.full((1,), 1e-4, device=device, dtype=dtype)) if learnable_eps else None
         self.register_parameter("learned_eps", learned)
+        threshold = nn.Parameter(torch.zeros(num_features, device=device, dtype=dtype)) if tlu else None
+        self.register_parameter("threshold", threshold)
 
     def forward(self, input: Tensor) -> Tensor:
-        learned: Tensor | None = self._parameters["learned_eps"]
-        return filter_response_norm(input, self.weight, self.bias, self.eps, learned_eps=learned)
+        learned, threshold = self._parameters["learned_eps"], self._parameters["threshold"]
+        return filter_response_norm(input, self.weight, self.bias, self.eps, learned_eps=learned, threshold=threshold)
 
     def extra_repr(self) -> str:
         learnable = "" if self._parameters["learned_eps"] is None else ", learnable_eps=True"
-        return f"{self.num_features}, eps={self.eps}{learnable}"
+        return f"{self.num_features}, eps={self.eps}{learnable}" + (
+            "" if self._parameters["threshold"] is None else ", tlu=True"
+        )
 
 
 class TLU(nn.Module):

@@ -48,6 +48,15 @@ class _Instance(_InstanceNorm):
             )
         super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype)
 
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], *rest: Any
+    ) -> None:
+        # Without metadata torch takes a checkpoint for one of its version 0.3 and raises on running statistics, before
+        # hooks are asked; with it they are unexpected keys like any other.
+        if not self.track_running_stats:
+            local_metadata = {"version": self._version, **local_metadata}
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *rest)
+
     def forward(self, input: Tensor) -> Tensor:
         dims: int = self._get_no_batch_dim()  # type: ignore[no-untyped-call]
         if input.dim() not in (dims, dims + 1):
