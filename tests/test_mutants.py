@@ -12,7 +12,7 @@ import syncnorm
 from syncnorm.core.moments import Moments, from_sums, to_sums
 from syncnorm.distributed import exchange
 from syncnorm.distributed.groups import Group
-from syncnorm.functional import _batch_normalize
+from syncnorm.functional import _batch_backward, _batch_normalize
 from syncnorm.testing import run_ranks
 from tests.oracles import step_errors
 
@@ -44,7 +44,7 @@ def _no_backward_exchange() -> None:
     def local(sums: Tensor, group: Group) -> Tensor:
         return sums
 
-    _batch_normalize.exchange_sums = local
+    _batch_backward.exchange_sums = local
 
 
 def _no_forward_exchange() -> None:
@@ -66,12 +66,12 @@ def _biased_running_var() -> None:
 
 
 def _local_count_in_backward() -> None:
-    real = _batch_normalize.exchange_sums
+    real = _batch_backward.exchange_sums
 
     def too_large(sums: Tensor, group: Group) -> Tensor:
         return real(sums, group) * group.size  # as if divided by this rank's share of the count
 
-    _batch_normalize.exchange_sums = too_large
+    _batch_backward.exchange_sums = too_large
 
 
 MUTANTS = [

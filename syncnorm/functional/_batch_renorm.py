@@ -4,8 +4,9 @@ from torch import Tensor
 
 from syncnorm.core.renorm import RenormLimits
 from syncnorm.core.running import RunningStatistics
-from syncnorm.functional._batch_normalize import Walk, batch_normalize
+from syncnorm.functional._batch_normalize import batch_normalize
 from syncnorm.functional._sync_batch_norm import enter, evaluate, needs_grad, validate
+from syncnorm.functional._walk import Walk
 
 __all__ = ["batch_renorm"]
 

@@ -8,9 +8,10 @@ from syncnorm.core.moments import Moments
 from syncnorm.core.running import RunningStatistics, update_running
 from syncnorm.distributed.exchange import exchange_row, send_poison
 from syncnorm.distributed.groups import LOCAL, Group
-from syncnorm.functional._batch_normalize import Walk, batch_normalize_and_moments
+from syncnorm.functional._batch_normalize import batch_normalize_and_moments
 from syncnorm.functional._checkpoint import is_recomputing
 from syncnorm.functional._sync_batch_norm import enter, evaluate, needs_grad, validate
+from syncnorm.functional._walk import Walk
 
 __all__ = ["ghost_batch_norm"]
 

@@ -10,8 +10,9 @@ from torch.nn import functional
 from syncnorm.core.running import RunningStatistics
 from syncnorm.distributed.exchange import send_poison
 from syncnorm.distributed.groups import Group, group_spec, resolve
-from syncnorm.functional._batch_normalize import Walk, batch_normalize
+from syncnorm.functional._batch_normalize import batch_normalize
 from syncnorm.functional._checkpoint import is_recomputing, unseen_by_selective_checkpointing
+from syncnorm.functional._walk import Walk
 
 __all__ = ["enter", "evaluate", "needs_grad", "sync_batch_norm", "validate"]
 

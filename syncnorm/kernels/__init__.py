@@ -10,6 +10,7 @@ from typing import Protocol, cast
 
 from torch import Tensor
 
+from syncnorm.core.activation import Activation
 from syncnorm.core.moments import Moments
 from syncnorm.errors import SyncNormError
 from syncnorm.kernels import aten, native, reference
@@ -18,7 +19,7 @@ __all__ = ["BACKENDS", "Backend", "choose", "objections"]
 
 
 class Backend(Protocol):
-    """Four primitives on flat tensors, [N, C, S] or [M, C] (see :mod:`syncnorm.core.layout`). Vectors are float64 [C]."""
+    """Four primitives on flat tensors, [N, C, S] or [M, C] (see :mod:`syncnorm.core.layout`). Statistics are float64 [C]."""
 
     def objection(self, x: Tensor) -> str | None:
         """Why this backend would not serve ``x`` [N, C, *], in a sentence; None if it would."""
@@ -27,17 +28,55 @@ class Backend(Protocol):
         """Count, mean and M2 per channel; torch's ``batch_norm_stats``."""
 
     def batch_normalize(
-        self, x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor | None, bias: Tensor | None
-    ) -> Tensor:
-        """``(x - mean)·rstd·weight + bias`` in the dtype of ``x``; torch's ``batch_norm_elemt``."""
+        self,
+        x: Tensor,
+        mean: Tensor,
+        rstd: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        activation: Activation | None = None,
+        residual: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """``act((x - mean)·rstd·weight + bias + residual)`` in the dtype of ``x``; torch's ``batch_norm_elemt``, and more.
 
-    def batch_backward_reduce(self, grad: Tensor, x: Tensor, mean: Tensor, rstd: Tensor) -> Tensor:
-        """Σg and Σg·x̂, float64 ``[2, C]``; torch's ``batch_norm_backward_reduce``."""
+        Second comes a mask where both a residual and a piecewise linear activation are given, else None: whether what the
+        activation was applied to is positive, one bit an element, uint8 in an order of the backend's own.
+        """
+
+    def batch_backward_reduce(
+        self,
+        grad: Tensor,
+        x: Tensor,
+        mean: Tensor,
+        rstd: Tensor,
+        weight: Tensor | None = None,
+        bias: Tensor | None = None,
+        activation: Activation | None = None,
+        side: Tensor | None = None,
+    ) -> Tensor:
+        """Σg' and Σg'·x̂, float64 ``[2, C]``, with g' = g·act'(pre); torch's ``batch_norm_backward_reduce``, and more.
+
+        What the activation was applied to is computed again from ``x``; with a residual, ``side`` is the mask, or for the
+        smooth activations the residual itself.
+        """
 
     def batch_backward_input(
-        self, grad: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor | None, means: Tensor
-    ) -> Tensor:
-        """``rstd·weight·(g - ⟨g⟩ - x̂⟨g·x̂⟩)`` with ``means`` = [⟨g⟩, ⟨g·x̂⟩]; torch's ``batch_norm_backward_elemt``."""
+        self,
+        grad: Tensor,
+        x: Tensor,
+        mean: Tensor,
+        rstd: Tensor,
+        weight: Tensor | None,
+        means: Tensor,
+        bias: Tensor | None = None,
+        activation: Activation | None = None,
+        side: Tensor | None = None,
+        needs_residual: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:
+        """``rstd·weight·(g' - ⟨g'⟩ - x̂⟨g'·x̂⟩)`` with ``means`` = [⟨g'⟩, ⟨g'·x̂⟩]; torch's ``batch_norm_backward_elemt``.
+
+        Second comes g', the gradient of the residual, where it is asked for and is not ``grad`` itself; else None.
+        """
 
 
 def _backend(module: ModuleType) -> Backend:

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from syncnorm.core.activation import Activation, pack_bits, unpack_bits
 from syncnorm.core.layout import accumulate_dtype, channel_view, count_per_channel
 from syncnorm.core.moments import Moments
 
@@ -68,18 +69,38 @@ def batch_moments(x: Tensor) -> Moments:
     return Moments(count, shift + pivot, squares.addcmul_(total, shift, value=-1).clamp_(min=0))
 
 
-def batch_normalize(x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
-    """``(x - mean)·rstd·weight + bias`` as one multiply-add per element."""
-    accumulate = accumulate_dtype(x.dtype)
-    scale = (rstd if weight is None else rstd * weight).to(accumulate)
-    y: Tensor = _affine(
-        x, scale, None if bias is None else bias.to(accumulate), mean.to(accumulate), torch.ones_like(scale), False, 0.0, 0.0
-    )[0]  # fmt: skip
-    return y
+def batch_normalize(
+    x: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    activation: Activation | None = None,
+    residual: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """``(x - mean)·rstd·weight + bias`` as one multiply-add per element; residual and activation follow in place."""
+    fused = activation is not None or residual is not None
+    y = _multiply_add(_wide(x) if fused else x, mean, rstd, weight, bias)
+    if residual is not None:
+        y.add_(residual)
+    if activation is None:
+        return y.to(x.dtype), None
+    mask = pack_bits(y > 0) if residual is not None and activation.is_piecewise_linear else None
+    return activation.apply_(y).to(x.dtype), mask
 
 
-def batch_backward_reduce(grad: Tensor, x: Tensor, mean: Tensor, rstd: Tensor) -> Tensor:
-    """Σg and Σg·x̂, float64 ``[2, C]``."""
+def batch_backward_reduce(
+    grad: Tensor,
+    x: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    activation: Activation | None = None,
+    side: Tensor | None = None,
+) -> Tensor:
+    """Σg' and Σg'·x̂, float64 ``[2, C]``."""
+    grad, x = _through(grad, x, mean, rstd, weight, bias, activation, side)
     accumulate = accumulate_dtype(x.dtype)
     mean, rstd = mean.to(accumulate), rstd.to(accumulate)
     _, products, total = _reduce(grad, x, None, None, None, mean, rstd, True, 0.0, [False, True, True])
@@ -87,9 +108,27 @@ def batch_backward_reduce(grad: Tensor, x: Tensor, mean: Tensor, rstd: Tensor) -
 
 
 def batch_backward_input(
+    grad: Tensor,
+    x: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    weight: Tensor | None,
+    means: Tensor,
+    bias: Tensor | None = None,
+    activation: Activation | None = None,
+    side: Tensor | None = None,
+    needs_residual: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """``rstd·weight·(g' - ⟨g'⟩ - x̂⟨g'·x̂⟩)`` as ``p·(x - mean) + q``, and then ``+ a·g'`` in place; and g'."""
+    dtype = x.dtype
+    grad, x = _through(grad, x, mean, rstd, weight, bias, activation, side)
+    dx = _backward_input(grad, x, mean, rstd, weight, means)
+    return dx.to(dtype), grad.to(dtype) if needs_residual and activation is not None else None
+
+
+def _backward_input(
     grad: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor | None, means: Tensor
 ) -> Tensor:
-    """``rstd·weight·(g - ⟨g⟩ - x̂⟨g·x̂⟩)`` as ``p·(x - mean) + q``, and then ``+ a·g`` in place."""
     accumulate = accumulate_dtype(x.dtype)
     scale = rstd if weight is None else rstd * weight
     q, p = (-scale * means).unbind(0)
@@ -103,6 +142,39 @@ def batch_backward_input(
         wide = x_block.to(accumulate)
         dx_block.copy_(_multiply_add_out(wide, *arguments, out=wide).addcmul_(grad_block.to(accumulate), factor))
     return dx
+
+
+def _through(
+    grad: Tensor,
+    x: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    activation: Activation | None,
+    side: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """The gradient behind the activation, g' = g·act'(pre), and ``x``; both widened where there is an activation."""
+    if activation is None:
+        return grad, x
+    grad, x = _wide(grad), _wide(x)
+    if side is not None and activation.is_piecewise_linear:
+        return activation.backward_by_sign(grad, unpack_bits(side, x.shape)), x
+    pre = _multiply_add(x, mean, rstd, weight, bias)
+    return activation.backward(grad, pre if side is None else pre.add_(side)), x
+
+
+def _multiply_add(x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+    accumulate = accumulate_dtype(x.dtype)
+    scale = (rstd if weight is None else rstd * weight).to(accumulate)
+    y: Tensor = _affine(
+        x, scale, None if bias is None else bias.to(accumulate), mean.to(accumulate), torch.ones_like(scale), False, 0.0, 0.0
+    )[0]  # fmt: skip
+    return y
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x.to(accumulate_dtype(x.dtype))
 
 
 def _multiply_add_out(x: Tensor, scale: Tensor, shift: Tensor, mean: Tensor, *, out: Tensor) -> Tensor:

@@ -11,8 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from syncnorm.core.activation import Activation
 from syncnorm.core.layout import count_per_channel
 from syncnorm.core.moments import Moments
+from syncnorm.kernels import reference
 from syncnorm.kernels.native._build import build, compiler, library_path
 
 __all__ = [
@@ -68,24 +70,56 @@ def batch_moments(x: Tensor) -> Moments:
     return Moments(float(count_per_channel(x)), mean, m2)
 
 
-def batch_normalize(x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
-    """``(x - mean)·rstd·weight + bias``, subtracting first."""
-    y: Tensor = torch.ops.syncnorm.batch_normalize(x, mean, rstd, weight, bias)
-    return y
+def batch_normalize(
+    x: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    activation: Activation | None = None,
+    residual: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """``act((x - mean)·rstd·weight + bias + residual)``, subtracting first."""
+    if activation is not None or residual is not None:
+        return reference.batch_normalize(x, mean, rstd, weight, bias, activation, residual)
+    return torch.ops.syncnorm.batch_normalize(x, mean, rstd, weight, bias), None
 
 
-def batch_backward_reduce(grad: Tensor, x: Tensor, mean: Tensor, rstd: Tensor) -> Tensor:
-    """Σg and Σg·x̂, float64 ``[2, C]``."""
+def batch_backward_reduce(
+    grad: Tensor,
+    x: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    activation: Activation | None = None,
+    side: Tensor | None = None,
+) -> Tensor:
+    """Σg' and Σg'·x̂, float64 ``[2, C]``."""
+    if activation is not None:
+        return reference.batch_backward_reduce(grad, x, mean, rstd, weight, bias, activation, side)
     sums: Tensor = torch.ops.syncnorm.batch_backward_reduce(grad, x, mean, rstd)
     return sums
 
 
 def batch_backward_input(
-    grad: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor | None, means: Tensor
-) -> Tensor:
-    """``rstd·weight·(g - ⟨g⟩ - x̂⟨g·x̂⟩)``."""
-    dx: Tensor = torch.ops.syncnorm.batch_backward_input(grad, x, mean, rstd, weight, means)
-    return dx
+    grad: Tensor,
+    x: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    weight: Tensor | None,
+    means: Tensor,
+    bias: Tensor | None = None,
+    activation: Activation | None = None,
+    side: Tensor | None = None,
+    needs_residual: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """``rstd·weight·(g' - ⟨g'⟩ - x̂⟨g'·x̂⟩)``, and g' for the residual."""
+    if activation is not None:
+        return reference.batch_backward_input(
+            grad, x, mean, rstd, weight, means, bias, activation, side, needs_residual
+        )
+    return torch.ops.syncnorm.batch_backward_input(grad, x, mean, rstd, weight, means), None
 
 
 def _register_fakes() -> None:

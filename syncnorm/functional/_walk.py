@@ -1,0 +1,55 @@
+"""What one call of a synchronised norm needs beside its tensors, and how its autograd functions are called."""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+
+from syncnorm.core.activation import Activation
+from syncnorm.core.moments import Moments
+from syncnorm.core.renorm import RenormLimits
+from syncnorm.distributed.groups import Group
+
+__all__ = ["Walk", "apply_function", "empty_after"]
+
+
+class Walk(NamedTuple):
+    """What one call needs beside its tensors.
+
+    Attributes:
+        eps: Added to the variance.
+        group: The ranks that meet.
+        backend: Name of a kernel backend, or ``"auto"``.
+        needs_backward: Whether a backward follows on this rank.
+        site: Identity of the layer, by which a checkpointed recompute finds its forward.
+        renorm: Limits of batch renormalisation; None for plain batch normalisation.
+        activation: Applied to the sum of what was normalised and the residual.
+        memory_efficient: Keep the output for the backward in place of the input.
+        known: Moments over all ranks, and the correction of batch renormalisation, where they need not be found.
+    """
+
+    eps: float
+    group: Group
+    backend: str
+    needs_backward: bool
+    site: object = None
+    renorm: RenormLimits | None = None
+    activation: Activation | None = None
+    memory_efficient: bool = False
+    known: tuple[Moments, tuple[Tensor, ...]] | None = None
+
+
+def apply_function(function: type[Function], *arguments: Any) -> Any:
+    """``function.apply`` at half its price."""
+    # Function.apply inspects the signature of forward at every call, 35 µs here; only torch.func's transforms need that.
+    if torch._C._are_functorch_transforms_active():
+        return function.apply(*arguments)
+    return super(Function, function).apply(*arguments)  # type: ignore[misc]
+
+
+def empty_after(vector: Tensor, x: Tensor) -> Tensor:
+    """An empty tensor like ``x`` that is formed from ``vector``, the result of an exchange."""
+    # torch.compile drops an exchange that no result depends on, and puts one that does not depend on the gradient into
+    # the forward graph; either way the other ranks would wait for this one.
+    return x * vector.to(x.dtype).view(x.size(1), *[1] * (x.dim() - 2))
