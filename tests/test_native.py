@@ -23,10 +23,9 @@ def test_build_once_then_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 
 @needs_compiler
 def test_a_failed_build_shows_the_compilers_last_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    broken = tmp_path / "batch.cpp"
-    broken.write_text("int main() { return this_name_is_unknown; }\n")
+    (tmp_path / "broken.cpp").write_text("int main() { return this_name_is_unknown; }\n")
     monkeypatch.setenv("SYNCNORM_CACHE", str(tmp_path))
-    monkeypatch.setattr(_build, "_SOURCE", broken)
+    monkeypatch.setattr(_build, "_FOLDER", tmp_path)
     with pytest.raises(
         SyncNormError, match=r"(?s)building the native backend failed \(exit code 1\):.*this_name_is_unknown"
     ):

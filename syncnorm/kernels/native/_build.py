@@ -1,6 +1,7 @@
 """Builds the native operators, once per torch version, processor and source, into a cache folder of the user.
 
-Never at import: ``python -m syncnorm build`` or :func:`build` does it. One call of the C++ compiler, no build tool.
+Never at import: ``python -m syncnorm build`` or :func:`build` does it. The C++ compiler alone, no build tool: every ``.cpp``
+of this folder is compiled, side by side, and all are linked into one library.
 """
 
 import hashlib
@@ -10,6 +11,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -18,7 +20,7 @@ from syncnorm.errors import SyncNormError
 
 __all__ = ["build", "compiler", "library_path"]
 
-_SOURCE = Path(__file__).with_name("batch.cpp")
+_FOLDER = Path(__file__).parent
 _FLAGS = ["-O3", "-std=c++20", "-fPIC", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast"]
 
 
@@ -29,14 +31,16 @@ def compiler() -> str | None:
 
 
 def library_path() -> Path:
-    """Where the operators for this torch, this processor and this source lie once built.
+    """Where the operators for this torch, this processor and these sources lie once built.
 
     Below ``$SYNCNORM_CACHE``, else ``$XDG_CACHE_HOME/syncnorm``, else ``~/.cache/syncnorm``.
     """
     base = (
         os.environ.get("SYNCNORM_CACHE") or Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "syncnorm"
     )
-    key = hashlib.sha256("\n".join([_SOURCE.read_text(), *_FLAGS, _processor()]).encode()).hexdigest()[:12]
+    key = hashlib.sha256(
+        "\n".join([*(path.read_text() for path in _files("*.cpp", "*.h")), *_flags(), _processor()]).encode()
+    ).hexdigest()[:12]
     capability = torch.backends.cpu.get_cpu_capability().lower().replace(" ", "-")
     return Path(base) / f"torch-{torch.__version__}-{platform.machine()}-{capability}-{key}" / "syncnorm_native.so"
 
@@ -65,15 +69,32 @@ def build(*, force: bool = False, verbose: bool = False) -> Path:
     includes = [f"-I{root / 'include'}", f"-I{root / 'include/torch/csrc/api/include'}"]
     abi = f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}"
     with tempfile.TemporaryDirectory(dir=target.parent) as folder:
-        unit, library = Path(folder) / "batch.o", Path(folder) / target.name
-        arch = "-mcpu=native" if platform.machine() in ("aarch64", "arm64") else "-march=native"
-        wide = ["-mprefer-vector-width=512"] if platform.machine() in ("x86_64", "AMD64") and "clang" not in cxx else []
-        _run([cxx, *_FLAGS, arch, *wide, abi, *includes, "-c", str(_SOURCE), "-o", str(unit)], verbose)
+        sources, library = _files("*.cpp"), Path(folder) / target.name
+        units = [Path(folder) / f"{source.stem}.o" for source in sources]
+        commands = [
+            [cxx, *_flags(), abi, *includes, "-c", str(source), "-o", str(unit)]
+            for source, unit in zip(sources, units, strict=True)
+        ]
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            list(pool.map(lambda command: _run(command, verbose), commands))
         # Linked without -fopenmp: the symbols are those of the OpenMP that torch has loaded, so that there is one pool.
         libraries = [f"-L{root / 'lib'}", "-lc10", "-ltorch_cpu", f"-Wl,-rpath,{root / 'lib'}"]
-        _run([cxx, "-shared", str(unit), "-o", str(library), *libraries], verbose)
+        _run([cxx, "-shared", *map(str, units), "-o", str(library), *libraries], verbose)
         os.replace(library, target)  # atomic: ranks may build at the same time
     return target
+
+
+def _files(*patterns: str) -> list[Path]:
+    return sorted(path for pattern in patterns for path in _FOLDER.glob(pattern))
+
+
+def _flags() -> list[str]:
+    if platform.machine() in ("aarch64", "arm64"):
+        return [*_FLAGS, "-mcpu=native", "-DCPU_CAPABILITY_NEON", "-DAT_BUILD_ARM_VEC256_WITH_SLEEF"]
+    # The vectors of at::vec are as wide as those of torch's own kernels, ATEN_CPU_CAPABILITY included.
+    capability = torch.backends.cpu.get_cpu_capability()
+    wide = [f"-DCPU_CAPABILITY_{capability}"] if capability in ("AVX2", "AVX512") else []
+    return [*_FLAGS, "-march=native", *wide, *(["-mprefer-vector-width=512"] if capability == "AVX512" else [])]
 
 
 def _run(command: list[str], verbose: bool) -> None:

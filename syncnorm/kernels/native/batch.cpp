@@ -405,7 +405,7 @@ Tensor batch_backward_input(
 
 }  // namespace
 
-TORCH_LIBRARY(syncnorm, m) {
+TORCH_LIBRARY_FRAGMENT(syncnorm, m) {
   m.def("batch_moments(Tensor x) -> Tensor");
   m.def("batch_normalize(Tensor x, Tensor mean, Tensor rstd, Tensor? weight, Tensor? bias) -> Tensor");
   m.def("batch_backward_reduce(Tensor grad, Tensor x, Tensor mean, Tensor rstd) -> Tensor");
