@@ -156,9 +156,9 @@ def wrapped_models() -> dict[str, str]:
 def test_wrappers_that_have_taken_note_of_the_parameters() -> None:
     texts = run_ranks(wrapped_models, 2)[0]
     assert texts == {
-        "ddp adds": "affine=True would add parameters to module.1, and DistributedDataParallel has taken note of the "
+        "ddp adds": "to='layer_norm' would add bias, weight to module.1, and DistributedDataParallel has taken note of the "
         "parameters there are. Convert before wrapping the model; nothing was changed.",
-        "ddp drops": "affine=False would take parameters from module.1, and DistributedDataParallel has taken note of the "
+        "ddp drops": "to='layer_norm' would take bias, weight from module.1, and DistributedDataParallel has taken note of the "
         "parameters there are. Convert before wrapping the model; nothing was changed.",
         "ddp without buffers": "to='layer_norm' would leave no buffer in the model, and DistributedDataParallel has taken "
         "note that there are some. Convert before wrapping the model; nothing was changed.",

@@ -145,7 +145,7 @@ def test_loading_a_state() -> None:
     ("arguments", "error", "text"),
     [
         ({"to": "batch_norm"}, ValueError, f"to must be one of {TARGETS}, got 'batch_norm'"),
-        ({"num_groups": 8}, TypeError, "got num_groups=8. It belongs to group_norm."),
+        ({"num_groups": 8}, TypeError, "got num_groups=8. It belongs to group_norm and evo_norm_s0."),
         ({"to": "group_norm", "accumulate": 2}, TypeError, "got accumulate=2. It belongs to sync_batch_norm."),
         ({"to": "layer_norm", "process_group": "node"}, TypeError, "got process_group='node'"),
         ({"accumulate": 0}, ValueError, "accumulate is a number of micro-batches, at least 1; got 0."),

@@ -24,12 +24,12 @@ def net() -> nn.ModuleDict:
 def test_the_table_says_what_happens_and_why() -> None:
     assert str(syncnorm.plan(net(), "group_norm", exclude="d")).splitlines() == [
         "to group_norm: 1 replace, 1 keep, 1 skip",
-        "layer  class        action   becomes            reason",
-        "a      BatchNorm2d  replace  GroupNorm(16, 48)  32 does not divide 48, 16 = gcd(32, 48) does; weight and bias "
-        "carried over; also b.0",
-        "b.1    Fused        skip     Fused              Fused may do more than batch norm; syncnorm.register_adapter "
-        "teaches it, or exclude it",
-        "d      BatchNorm1d  keep     BatchNorm1d        excluded by 'd'",
+        "layer  class        action   becomes                       reason",
+        "a      BatchNorm2d  replace  GroupNorm(48, num_groups=16)  32 does not divide 48, 16 = gcd(32, 48) does; weight and "
+        "bias carried over; running statistics dropped; also b.0",
+        "b.1    Fused        skip     Fused                         Fused may do more than batch norm; "
+        "syncnorm.register_adapter teaches it, or exclude it",
+        "d      BatchNorm1d  keep     BatchNorm1d                   excluded by 'd'",
     ]
 
 

@@ -34,7 +34,7 @@ def test_group_norm_is_torchs_with_the_affine_carried_over(source: Any, affine: 
     layer = randomised(source(6, eps=0.1, affine=affine, dtype=torch.float64))
     x = torch.randn(SHAPES[source], dtype=torch.float64)
     norm = replaced(layer, "group_norm", num_groups=3)
-    assert type(norm) is nn.GroupNorm
+    assert type(norm) is syncnorm.GroupNorm
     torch.testing.assert_close(norm(x), functional.group_norm(x, 3, layer.weight, layer.bias, 0.1), rtol=0, atol=1e-14)
 
 
@@ -113,10 +113,13 @@ def test_affine_is_made_in_the_dtype_of_the_model_where_the_layer_has_none() -> 
 def test_a_number_of_groups_that_does_not_divide_is_said_aloud() -> None:
     model = nn.Sequential(nn.BatchNorm2d(48), nn.BatchNorm2d(64), nn.BatchNorm2d(3))
     reasons = [entry.reason for entry in syncnorm.plan(model, "group_norm").entries]
-    assert reasons[0] == "32 does not divide 48, 16 = gcd(32, 48) does; weight and bias carried over"
-    assert reasons[1] == "weight and bias carried over"
+    assert reasons[0] == (
+        "32 does not divide 48, 16 = gcd(32, 48) does; weight and bias carried over; running statistics dropped"
+    )
+    assert reasons[1] == "weight and bias carried over; running statistics dropped"
     with pytest.warns(
-        UserWarning, match=r"num_groups=32 does not divide .* 0 → GroupNorm\(16, 48\), 2 → GroupNorm\(1, 3\)\."
+        UserWarning,
+        match=r"num_groups=32 does not divide .* 0 → GroupNorm\(48, num_groups=16\), 2 → GroupNorm\(3, num_groups=1\)\.",
     ):
         syncnorm.convert(model, "group_norm")
     assert [norm.num_groups for norm in model] == [16, 32, 1]
@@ -128,7 +131,7 @@ def test_every_alias_in_every_parent_is_replaced_by_one_module_in_order() -> Non
     syncnorm.convert(model, "layer_norm")
     assert list(model) == ["a", "b", "c", "d"]
     assert model["a"] is model["c"] is model["d"][0]  # type: ignore[index]
-    assert type(model["a"]) is nn.GroupNorm
+    assert type(model["a"]) is syncnorm.GroupNorm
     assert len(list(model.parameters())) == 4
 
 
@@ -184,10 +187,10 @@ def test_a_checkpoint_of_the_batch_norm_loads_strictly(to: str, through: Any) ->
 @pytest.mark.parametrize("source", [nn.SyncBatchNorm, BatchNorm, syncnorm.SyncBatchNorm, syncnorm.SyncBatchNorm2d])
 def test_synchronised_and_dimensionless_layers(source: Any) -> None:
     layer = source(4)
-    assert type(replaced(layer, "layer_norm")) is nn.GroupNorm
+    assert type(replaced(layer, "layer_norm")) is syncnorm.GroupNorm
     plan = syncnorm.plan(nn.Sequential(source(4)), "instance_norm")
     if source is syncnorm.SyncBatchNorm2d:
-        assert plan.entries[0].target == "InstanceNorm2d(4)"
+        assert plan.entries[0].target == "InstanceNorm2d(4, affine=True)"
     else:
         assert (
             plan.entries[0].reason == "does not know whether it is 1d, 2d or 3d; syncnorm.revert(model, dim=...) first"

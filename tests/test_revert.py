@@ -167,7 +167,7 @@ def test_both_conversions_after_another_are_undone() -> None:
     layer = model.bn1
     syncnorm.convert(model)
     syncnorm.convert(model, "group_norm", num_groups=2)
-    assert type(model.bn1) is nn.GroupNorm
+    assert type(model.bn1) is syncnorm.GroupNorm
     syncnorm.revert(model)
     assert model.bn1 is layer
     assert type(layer) is nn.BatchNorm1d
@@ -177,7 +177,7 @@ def test_a_model_that_is_one_layer() -> None:
     layer = nn.BatchNorm2d(4)
     assert syncnorm.revert(syncnorm.convert(layer)) is layer
     norm = syncnorm.convert(layer, "layer_norm")
-    assert type(norm) is nn.GroupNorm
+    assert type(norm) is syncnorm.GroupNorm
     assert syncnorm.revert(norm) is layer
     assert type(layer) is nn.BatchNorm2d
 

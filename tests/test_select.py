@@ -1,13 +1,14 @@
 """Tier: no process. Which layers a user means, and what is said to one who asks for the impossible; nothing half done."""
 
 import re
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
 from torch import nn
 
 import syncnorm
+from syncnorm.conversion import To
 from syncnorm.kernels import BACKENDS
 
 
@@ -65,9 +66,7 @@ BAD: list[tuple[dict[str, Any], type[Exception], str]] = [
     (
         {"to": "groupnorm"},
         ValueError,
-        "to must be one of ['sync_batch_norm', 'batch_renorm', 'ghost_batch_norm', 'frozen_batch_norm', 'group_norm', "
-        "'layer_norm', 'instance_norm'], got 'groupnorm'. "
-        "Did you mean 'group_norm'?",
+        f"to must be one of {list(get_args(To))}, got 'groupnorm'. Did you mean 'group_norm'?",
     ),
     (
         {"to": "group_norm", "groups": 4},
@@ -78,12 +77,13 @@ BAD: list[tuple[dict[str, Any], type[Exception], str]] = [
         {"to": "sync_batch_norm", "num_groups": 4},
         TypeError,
         "to='sync_batch_norm' takes the options ['process_group', 'backend', 'accumulate'], got num_groups=4. "
-        "It belongs to group_norm.",
+        "It belongs to group_norm and evo_norm_s0.",
     ),
     (
         {"to": "layer_norm", "process_group": "world"},
         TypeError,
-        "got process_group='world'. It belongs to sync_batch_norm and batch_renorm and ghost_batch_norm.",
+        "got process_group='world'. It belongs to sync_batch_norm, batch_renorm, ghost_batch_norm, evo_norm_b0, "
+        "switchable_norm and batch_instance_norm.",
     ),
     ({"to": "group_norm", "num_groups": 0}, ValueError, "num_groups is a number of groups, at least 1; got 0."),
     (

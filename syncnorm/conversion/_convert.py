@@ -8,7 +8,7 @@ from torch import nn
 from syncnorm.conversion._adapters import target_in_family
 from syncnorm.conversion._layers import display
 from syncnorm.conversion._plan import Plan, plan, shorten, skipped_text
-from syncnorm.conversion._replace import build_replacement, like_tensor, put
+from syncnorm.conversion._replace import blueprint, build_replacement, default_of, like_tensor, put
 from syncnorm.conversion._select import Patterns
 from syncnorm.modules import SyncStatistics
 
@@ -31,8 +31,9 @@ def convert(
     ``"frozen_batch_norm"``) a layer stays the same object and changes its class: parameters, buffers, hooks, names,
     training flags and every reference to it stay. It works before and after DDP, under FSDP and with
     ``torch.compile``, any number of times. To another kind of norm, a new module takes the place of the old one under
-    every name it has; weight and bias are the same ``Parameter`` objects, hooks stay, and a batch norm's checkpoint
-    still loads.
+    every name it has. Weight, bias and running statistics are the same objects where the new layer has them, eps and
+    momentum the same numbers, hooks stay, and a batch norm's checkpoint still loads; :func:`syncnorm.plan` tells layer
+    by layer what is new and what is dropped.
 
     Only layers of exactly a known class are touched: ``nn.BatchNorm1d/2d/3d``, ``nn.SyncBatchNorm``, ours, what
     ``Trainer(sync_batchnorm=True)`` leaves, and what :func:`syncnorm.register_adapter` was told. One warning names
@@ -42,7 +43,10 @@ def convert(
         model: Any module; also one that is itself a batch norm.
         to: ``"sync_batch_norm"``; ``"batch_renorm"``; ``"ghost_batch_norm"``; ``"frozen_batch_norm"``; ``"group_norm"``;
             ``"layer_norm"`` (over channels and space, as a group norm of one group: right for any rank of input);
-            ``"instance_norm"`` (without running statistics).
+            ``"instance_norm"`` (without running statistics); ``"rms_norm"`` (over the channels of each position);
+            ``"dynamic_tanh"``; ``"switchable_norm"``; ``"batch_instance_norm"``; or, which replace the activation that
+            follows too and leave it to you to remove that, ``"filter_response_norm"`` (with its TLU), ``"evo_norm_b0"``,
+            ``"evo_norm_s0"``.
         include: Convert only these: a glob on the qualified name (``*`` matches dots too; the ``module.`` of DDP and
             the like may be left out), a module type, a callable ``(name, module) -> bool``, or a sequence of them.
             None means all.
@@ -50,12 +54,12 @@ def convert(
         process_group: Which ranks share statistics, as in :class:`syncnorm.SyncBatchNorm`. None means all ranks, and
             for a layer that has a group, that one. Only where statistics are of a batch.
         strict: Raise, and change nothing, where a layer would be left with a warning.
-        **options: For ``"sync_batch_norm"``: ``backend="auto"`` and ``accumulate=1``, as in
-            :class:`syncnorm.SyncBatchNorm`. For ``"batch_renorm"``: ``r_max=3``, ``d_max=5`` and ``backend``. For
-            ``"ghost_batch_norm"``: ``virtual_batch_size``, which it needs, and ``backend``. For ``"group_norm"``:
-            ``num_groups=32``; where it does not divide the channels, the greatest common divisor is taken and said. For
-            the norms without a batch: ``affine=None`` (a weight and bias where the layer has them; True adds, False drops
-            them).
+        **options: What the constructor of the new layer takes and a batch norm does not bring along. For example
+            ``backend`` and ``accumulate`` for ``"sync_batch_norm"``, ``r_max`` and ``d_max`` for ``"batch_renorm"``,
+            ``virtual_batch_size``, which ``"ghost_batch_norm"`` needs, ``alpha`` for ``"dynamic_tanh"``, ``tlu=False`` for
+            ``"filter_response_norm"``. ``num_groups=32`` for ``"group_norm"`` and ``"evo_norm_s0"``: where it does not
+            divide the channels, the greatest common divisor is taken and said. ``affine=None``, where the new layer leaves
+            the choice: a weight and bias where the layer has them; True adds, False drops them.
 
     Returns:
         ``model``. Only where the model is itself a batch norm and converted to a norm without a batch, the new
@@ -82,7 +86,9 @@ def convert(
             own = type(module) if stays else target_in_family(type(module), to)
             cast(type[SyncStatistics], own).adopt(module, **made.options)
         elif entry.action == "replace":
-            new = build_replacement(entry._layer.module, to, made.options, like[id(entry._layer.module)])
+            replacement = blueprint(entry._layer.module, to, made.options)
+            assert replacement is not None
+            new = build_replacement(entry._layer.module, replacement, like[id(entry._layer.module)])
             put(entry._layer.places, new)
             root = new if entry._layer.module is model else root
     return root
@@ -97,11 +103,18 @@ def _warn(made: Plan) -> None:
         texts.append(f"left {len(skipped)} as they were:\n{skipped_text(skipped)}")
     coarser = [entry for entry in made.entries if entry.action == "replace" and "does not divide" in entry.reason]
     if coarser:
-        asked = made.options.get("num_groups", 32)
+        asked = made.options.get("num_groups", default_of(made.to, "num_groups"))
         became = shorten([f"{display(entry.name)} → {entry.target}" for entry in coarser])
         texts.append(
             f"num_groups={asked} does not divide the channels of every layer; the greatest common divisor does: "
             f"{became}."
+        )
+    active = [entry for entry in made.entries if entry.action == "replace" and "activates too" in entry.reason]
+    if active:
+        kind = active[0].target.partition("(")[0]
+        texts.append(
+            f"{kind} is a norm and an activation in one. Remove the activation that followed "
+            f"{shorten([display(entry.name) for entry in active])}; syncnorm does not."
         )
     for text in texts:
         warnings.warn(f"syncnorm.convert(to={made.to!r}): {text}", UserWarning, stacklevel=3)

@@ -41,11 +41,13 @@ class Origin:
     Attributes:
         module: The original object.
         to: What it was converted to.
+        made: The call that made the layer in its place, in words.
         dtype: Of its weight then.
     """
 
     module: nn.Module
     to: str
+    made: str
     dtype: torch.dtype | None = None
 
 

@@ -7,10 +7,11 @@ from typing import Any
 from torch import nn
 
 from syncnorm.conversion._layers import SHARDED, Layer, class_names, display, find_layers, walk
+from syncnorm.conversion._replace import STATISTICS
 from syncnorm.conversion._select import Patterns, select
 from syncnorm.conversion._table import table
 from syncnorm.conversion._targets import check_options
-from syncnorm.conversion._verdict import judge
+from syncnorm.conversion._verdict import Verdict, judge
 from syncnorm.errors import SyncNormError
 
 __all__ = ["Entry", "Plan", "plan"]
@@ -36,16 +37,12 @@ class Entry:
     action: str
     reason: str
     _layer: Layer = field(repr=False, compare=False)
-    _options: dict[str, Any] = field(repr=False, compare=False)
+    _verdict: Verdict = field(repr=False, compare=False)
 
     @property
     def changes_parameters(self) -> bool:
-        """Whether the layer would have a weight that it has not now, or the other way round."""
-        affine = self._options.get("affine")
-        return self.action == "replace" and affine not in (
-            None,
-            self._layer.module._parameters.get("weight") is not None,
-        )
+        """Whether the layer would have parameters that it has not now, or the other way round."""
+        return bool({*self._verdict.new, *self._verdict.dropped} - {*STATISTICS})
 
 
 @dataclass(frozen=True)
@@ -117,8 +114,8 @@ def plan(
     Example:
         >>> print(syncnorm.plan(torch.nn.Sequential(torch.nn.BatchNorm1d(64)), to="group_norm"))
         to group_norm: 1 replace
-        layer  class        action   becomes            reason
-        0      BatchNorm1d  replace  GroupNorm(32, 64)  weight and bias carried over
+        layer  class        action   becomes                       reason
+        0      BatchNorm1d  replace  GroupNorm(64, num_groups=32)  weight and bias carried over; running statistics dropped
     """
     given = {**options} if process_group is None else {"process_group": process_group, **options}
     if not isinstance(model, nn.Module):
@@ -130,13 +127,23 @@ def plan(
     for layer in layers:
         own = type(layer.module).__name__
         if id(layer.module) in excluded:
-            verdict = ("keep", own, f"excluded by {excluded[id(layer.module)]}")
+            verdict = Verdict("keep", own, f"excluded by {excluded[id(layer.module)]}")
         elif include is not None and id(layer.module) not in included:
-            verdict = ("keep", own, "not included")
+            verdict = Verdict("keep", own, "not included")
         else:
             verdict = judge(layer, to, given)
-        action, target, reason = verdict
-        entries.append(Entry(layer.names[0], tuple(layer.names[1:]), own, target, action, reason, layer, given))
+        entries.append(
+            Entry(
+                layer.names[0],
+                tuple(layer.names[1:]),
+                own,
+                verdict.target,
+                verdict.action,
+                verdict.reason,
+                layer,
+                verdict,
+            )
+        )
     made = Plan(to, given, tuple(entries))
     _refuse_wrapped(model, made)
     skipped = [entry for entry in entries if entry.action == "skip"]
@@ -180,12 +187,16 @@ def _refuse_wrapped(model: nn.Module, made: Plan) -> None:
         )
     changing = [e for e in replaced if e.changes_parameters]
     if changing and "DistributedDataParallel" in around:
-        what = "add parameters to" if made.options["affine"] else "take parameters from"
+        added = sorted({name for e in changing for name in e._verdict.new} - {*STATISTICS})
+        taken = sorted({name for e in changing for name in e._verdict.dropped} - {*STATISTICS})
+        what = [f"add {', '.join(added)} to"] * bool(added) + [f"take {', '.join(taken)} from"] * bool(taken)
         raise SyncNormError(
-            f"affine={made.options['affine']} would {what} {_named(changing)}, and DistributedDataParallel has taken "
-            "note of the parameters there are. Convert before wrapping the model; nothing was changed."
+            f"to={made.to!r} would {' and '.join(what)} {_named(changing)}, and DistributedDataParallel has taken note of the "
+            "parameters there are. Convert before wrapping the model; nothing was changed."
         )
-    gone = {id(buffer) for entry in replaced for buffer in entry._layer.module.buffers()}
+    gone = {
+        id(entry._layer.module._buffers[n]) for entry in replaced for n in STATISTICS if n in entry._verdict.dropped
+    }
     for place in walk(model):
         if "DistributedDataParallel" in class_names(place.module) and gone >= {id(b) for b in place.module.buffers()}:
             # DDP broadcasts the buffers that it finds before a forward pass, and fails if they have become none.

@@ -6,95 +6,149 @@ too, so a handle removes its hook wherever the hook has gone.
 
 import math
 import weakref
-from collections.abc import Iterable
-from typing import Any, cast
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.instancenorm import _InstanceNorm
 
 from syncnorm.conversion._layers import Layer, Origin, origin_of, set_origin
+from syncnorm.conversion._targets import TARGETS
+from syncnorm.distributed import group_spec
+from syncnorm.modules import SyncStatistics
+from syncnorm.modules._statistics import _HALVES, _OURS
 
 __all__ = [
+    "STATISTICS",
+    "Blueprint",
+    "blueprint",
     "build_replacement",
-    "describe_norm",
+    "default_of",
     "like_tensor",
-    "num_groups_for",
     "put",
-    "replacement_name",
     "restore_origin",
 ]
 
-_INSTANCE_NORMS: dict[type[nn.Module], type[nn.Module]] = {
-    nn.BatchNorm1d: nn.InstanceNorm1d,
-    nn.BatchNorm2d: nn.InstanceNorm2d,
-    nn.BatchNorm3d: nn.InstanceNorm3d,
-}
-_BATCH_BUFFERS = ("running_mean", "running_var", "num_batches_tracked")
+_AFFINE = ("weight", "bias")
+STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 
 
-def num_groups_for(num_features: int, asked: int) -> int:
-    """``asked`` where it divides ``num_features``, else their greatest common divisor."""
-    return math.gcd(num_features, asked)
+class Blueprint(NamedTuple):
+    """The layer that takes the place of a batch norm, before it is made.
+
+    Attributes:
+        layer: Its class.
+        num_features: C.
+        arguments: Of its constructor.
+        target: What the conversion is to.
+    """
+
+    layer: type[nn.Module]
+    num_features: int
+    arguments: dict[str, Any]
+    target: str
+
+    def make(self, **where: Any) -> nn.Module:
+        """The layer as its constructor leaves it, on a device and in a dtype."""
+        return self.layer(self.num_features, **self.arguments, **where)
+
+    def __str__(self) -> str:
+        """The call that makes it, without what a batch norm brings along."""
+        target = TARGETS[self.target]
+        choices = {*target.options, *target.fixed, "elementwise_affine"} - {"process_group"}
+        shown = [str(self.num_features)]
+        for name, value in self.arguments.items():
+            if name in choices and (name == "num_groups" or value != target.parameters[name].default):
+                shown.append(f"{name}={value}")
+        return f"{self.layer.__name__}({', '.join(shown)})"
 
 
-def replacement_name(module: nn.Module, to: str, options: dict[str, Any]) -> str | None:
-    """How the replacement prints; None where the target needs a number of dims that ``module`` does not know."""
-    made = _bare(module, to, options)
-    return None if made is None else describe_norm(made)
+def blueprint(module: nn.Module, to: str, options: Mapping[str, Any]) -> Blueprint | None:
+    """What takes the place of the batch norm ``module``; None where that depends on a number of dims it does not know."""
+    target = TARGETS[to]
+    layer = target.layer_for(module)
+    if layer is None:
+        return None
+    num_features = int(cast(int, module.num_features))
+    affine = options.get("affine")
+    affine = module._parameters.get("weight") is not None if affine is None else affine
+    brought = {
+        "eps": module.eps,
+        "momentum": module.momentum,
+        "affine": affine,
+        "elementwise_affine": affine,
+        "track_running_stats": module._buffers.get("running_mean") is not None,
+        "process_group": _process_group(module),
+    }
+    given = {name: value for name, value in options.items() if value is not None and name in target.parameters}
+    brought = {name: value for name, value in brought.items() if name not in target.own}
+    arguments = {**brought, **target.fixed, **target.defaults, **given, "affine": affine}
+    if "num_groups" in target.parameters:
+        arguments["num_groups"] = math.gcd(num_features, arguments.get("num_groups", default_of(to, "num_groups")))
+    arguments = {name: value for name, value in arguments.items() if name in target.parameters}
+    return Blueprint(layer, num_features, arguments, to)
 
 
-def describe_norm(module: nn.Module) -> str:
-    """``GroupNorm(8, 64)`` and the like: what two replacements must have in common to be the same."""
-    sizes = (module.num_groups, module.num_channels) if isinstance(module, nn.GroupNorm) else (module.num_features,)
-    affine = "" if module._parameters.get("weight") is not None else ", affine=False"
-    return f"{type(module).__name__}({', '.join(map(str, sizes))}{affine})"
+def default_of(to: str, option: str) -> Any:
+    """What an option is unless it is given."""
+    target = TARGETS[to]
+    return target.defaults.get(option, target.parameters[option].default)
 
 
-def build_replacement(module: nn.Module, to: str, options: dict[str, Any], like: Tensor | None) -> nn.Module:
-    """A layer of kind ``to`` with what ``module`` has: parameters, hooks, training flag, and other people's attributes.
+def build_replacement(module: nn.Module, made: Blueprint, like: Tensor | None) -> nn.Module:
+    """The layer of a blueprint with what ``module`` has: parameters, statistics, hooks, training flag, users' attributes.
 
     Args:
-        module: A batch norm for which :func:`replacement_name` has a name.
-        to: Target.
-        options: Its options.
+        module: The batch norm of the blueprint.
+        made: The blueprint.
         like: Device and dtype of parameters that have to be made, where ``module`` has no tensor to tell.
     """
-    new = _bare(module, to, options)
-    assert new is not None
-    new._parameters.update(_parameters(module, options, like))
+    weight = module._parameters.get("weight")
+    own = next((b for b in module._buffers.values() if b is not None and b.is_floating_point()), like)
+    like = own if weight is None else weight
+    new = made.make() if like is None else made.make(device=like.device, dtype=like.dtype)
+    if new._parameters.get("weight") is not None and weight is not None:
+        new._parameters.update({name: module._parameters[name] for name in _AFFINE if name in new._parameters})
+    for name in STATISTICS:
+        statistic = module._buffers.get(name)
+        if statistic is not None and new._buffers.get(name) is not None:
+            new._buffers[name] = statistic.float() if statistic.dtype in _HALVES else statistic
+            new._non_persistent_buffers_set |= module._non_persistent_buffers_set & {name}
+            new.track_running_stats = module.track_running_stats
     for name, value in module.__dict__.items():
-        if "_hook" in name or (name not in new.__dict__ and name not in _own_fields(module)):
+        if "_hook" in name or (name not in new.__dict__ and name not in _own_fields()):
             new.__dict__[name] = value
     new.training = module.training
     _aim_hooks(new, module, new)
-    new.register_load_state_dict_pre_hook(_drop_batch_statistics)
+    set_origin(new, Origin(module, made.target, str(made), None if weight is None else weight.dtype))
+    new.register_load_state_dict_pre_hook(_take_batch_norms_checkpoint)
     if _one_value_per_features_row(module, new):
         new.register_forward_pre_hook(_refuse_features)
-    weight = module._parameters.get("weight")
-    set_origin(new, Origin(module, to, None if weight is None else weight.dtype))
     return new
 
 
 def restore_origin(module: nn.Module, like: Tensor | None) -> nn.Module:
-    """The original of a replacement, with the parameters, hooks, training flag and device it has now."""
+    """The original of a replacement, with the parameters, statistics, hooks, training flag and device it has now."""
     origin = origin_of(module)
     assert origin is not None
     old = origin.module
     for name in ("_load_state_dict_pre_hooks", "_forward_pre_hooks"):
         hooks = module.__dict__[name]
         for key, hook in list(hooks.items()):
-            if getattr(hook, "hook", hook) in (_drop_batch_statistics, _refuse_features):
+            if getattr(hook, "hook", hook) in (_take_batch_norms_checkpoint, _refuse_features):
                 del hooks[key]
     _aim_hooks(module, module, old)
     for name, value in module.__dict__.items():
         if "_hook" in name:
             old.__dict__[name] = value
+    followers = [name for name, buffer in old._buffers.items() if buffer is not None and buffer.dtype == origin.dtype]
+    _take(old._parameters, module._parameters, _AFFINE)
+    _take(old._buffers, module._buffers, STATISTICS)
     now: Tensor | None = module._parameters.get("weight")
-    if now is not None and old._parameters.get("weight") is not None:
-        old._parameters.update({name: module._parameters[name] for name in ("weight", "bias")})
     now = like if now is None else now
     if now is not None:
-        _bring(old, now, origin.dtype)
+        _bring(old, now, followers)
     old.training = module.training
     return old
 
@@ -114,43 +168,16 @@ def like_tensor(layer: Layer, model: nn.Module) -> Tensor | None:
     return None
 
 
-def _bare(module: nn.Module, to: str, options: dict[str, Any]) -> nn.Module | None:
-    num_features, eps = int(cast(int, module.num_features)), float(cast(float, module.eps))
-    affine = options.get("affine")
-    affine = module._parameters.get("weight") is not None if affine is None else affine
-    arguments: dict[str, Any] = {"affine": affine, "device": "meta"}  # its own parameters never come to be
-    made: nn.Module | None
-    if to == "instance_norm":
-        kinds = [target for source, target in _INSTANCE_NORMS.items() if isinstance(module, source)]
-        made = kinds[0](num_features, eps=eps, **arguments) if kinds else None
-    else:
-        groups = 1 if to == "layer_norm" else num_groups_for(num_features, options.get("num_groups", 32))
-        made = nn.GroupNorm(groups, num_features, eps=eps, **arguments)
-    if made is not None and affine and _bias_missing(module):
-        made.register_parameter("bias", None)
-    return made
+def _process_group(module: nn.Module) -> object:
+    if isinstance(module, SyncStatistics):
+        return module.process_group
+    group = module.__dict__.get("process_group")  # nn.SyncBatchNorm's
+    return None if group is None else group_spec(group)
 
 
-def _bias_missing(module: nn.Module) -> bool:
-    return module._parameters.get("weight") is not None and module._parameters.get("bias") is None
-
-
-def _parameters(module: nn.Module, options: dict[str, Any], like: Tensor | None) -> dict[str, nn.Parameter | None]:
-    weight, bias = module._parameters.get("weight"), module._parameters.get("bias")
-    affine = options.get("affine")
-    if affine is False:
-        return {"weight": None, "bias": None}
-    if affine is None or weight is not None:
-        return {"weight": weight, "bias": bias}
-    own = next((b for b in module._buffers.values() if b is not None and b.is_floating_point()), like)
-    ones = torch.ones(cast(int, module.num_features)) if own is None else own.new_ones(cast(int, module.num_features))
-    return {"weight": nn.Parameter(ones), "bias": nn.Parameter(torch.zeros_like(ones))}
-
-
-def _own_fields(module: nn.Module) -> set[str]:
+def _own_fields() -> set[str]:
     """Attributes that a batch norm sets itself; what else is in its ``__dict__`` is its user's."""
-    ours = {"_group_spec", "_origin", "_sync", "_synced_over", "_torch_group", "accumulate", "backend", "process_group"}
-    return {*nn.BatchNorm1d(1, device="meta").__dict__, *ours}
+    return {*nn.BatchNorm1d(1, device="meta").__dict__, *_OURS, "process_group"}
 
 
 def _aim_hooks(holder: nn.Module, source: nn.Module, target: nn.Module) -> None:
@@ -160,15 +187,19 @@ def _aim_hooks(holder: nn.Module, source: nn.Module, target: nn.Module) -> None:
             hook.module = weakref.ref(target)
 
 
-def _bring(old: nn.Module, now: Tensor, dtype_before: torch.dtype | None) -> None:
-    """Move what the model did not see meanwhile to where the layer is now, and to its dtype if it shared that."""
+def _take(mine: dict[str, Any], theirs: dict[str, Any], names: Iterable[str]) -> None:
+    mine.update({name: theirs[name] for name in names if mine.get(name) is not None and theirs.get(name) is not None})
+
+
+def _bring(old: nn.Module, now: Tensor, followers: list[str]) -> None:
+    """Move what the model did not see meanwhile to where the layer is now; followers share the dtype of its weight."""
     for parameter in old._parameters.values():
         if parameter is not None and parameter.device != now.device:  # dropped by affine=False
             parameter.data = parameter.data.to(now.device, now.dtype)
     for name, buffer in old._buffers.items():
         if buffer is None:
             continue
-        dtype = now.dtype if buffer.is_floating_point() and buffer.dtype == dtype_before else buffer.dtype
+        dtype = now.dtype if name in followers else buffer.dtype
         if buffer.is_meta and not now.is_meta:
             fill = 1 if name == "running_var" else 0
             old._buffers[name] = torch.full_like(buffer, fill, device=now.device, dtype=dtype)
@@ -178,23 +209,32 @@ def _bring(old: nn.Module, now: Tensor, dtype_before: torch.dtype | None) -> Non
             )
 
 
-def _drop_batch_statistics(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
-    """Let a batch norm's checkpoint load strictly: this layer has no use for its running statistics."""
-    for name in _BATCH_BUFFERS:
-        state_dict.pop(prefix + name, None)
+def _take_batch_norms_checkpoint(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+    """Let a batch norm's checkpoint load strictly: what has no use here is passed over, what it has not stays as it is."""
+    origin = origin_of(module)
+    assert origin is not None
+    mine, theirs = ({**each._parameters, **each._buffers} for each in (module, origin.module))
+    new = {name for name, tensor in mine.items() if tensor is not None and theirs.get(name) is None}
+    for name in (*_AFFINE, *STATISTICS):
+        if mine.get(name) is None:
+            state_dict.pop(prefix + name, None)
+    if not any(prefix + name in state_dict for name in new):
+        # torch before 0.4.1 had no counter.
+        for name in new | ({"num_batches_tracked"} if mine.get("num_batches_tracked") is not None else set()):
+            state_dict.setdefault(prefix + name, mine[name])
 
 
 def _one_value_per_features_row(old: nn.Module, new: nn.Module) -> bool:
-    groups = new.num_groups if isinstance(new, nn.GroupNorm) else new.num_features
     takes_features = not isinstance(old, nn.BatchNorm2d | nn.BatchNorm3d)
-    return takes_features and groups == old.num_features
+    groups = new.num_groups if isinstance(new, nn.GroupNorm) else old.num_features
+    return takes_features and isinstance(new, nn.GroupNorm | _InstanceNorm) and groups == old.num_features
 
 
 def _refuse_features(module: nn.Module, arguments: tuple[Any, ...]) -> None:
     """Features [N, C] have one value per sample and channel: normalised alone, each of them becomes the bias."""
     if arguments and isinstance(arguments[0], Tensor) and arguments[0].dim() == 2:
         raise ValueError(
-            f"{describe_norm(module)} in place of a batch norm expects an input [N, C, *] of at least 3 dims, got "
-            f"{list(arguments[0].shape)}: one value per group has no variance. Use to='layer_norm', or to='group_norm' "
-            "with fewer groups, for this layer."
+            f"{type(module).__name__}({module.extra_repr()}) in place of a batch norm expects an input [N, C, *] of at least 3 "
+            f"dims, got {list(arguments[0].shape)}: one value per group has no variance. Use to='layer_norm', or "
+            "to='group_norm' with fewer groups, for this layer."
         )

@@ -1,12 +1,21 @@
-"""What a model can be converted to, which options each target takes, and what makes them wrong."""
+"""What a batch norm can become: one entry per target. Its options are read from the constructor of the layer.
+
+An option is what the constructor takes and a batch norm does not bring along; a wrong value is one that it refuses.
+"""
 
 import difflib
-from typing import Any, Literal, get_args
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import cache
+from typing import Any, Literal, TypeAlias, get_args, get_type_hints
 
-from syncnorm.distributed import group_spec
-from syncnorm.kernels import BACKENDS
+from torch import nn
 
-__all__ = ["STATISTICS_FAMILIES", "TARGET_OPTIONS", "To", "check_options"]
+from syncnorm import modules
+from syncnorm.modules import SyncStatistics
+
+__all__ = ["STATISTICS_FAMILIES", "TARGETS", "TARGET_OPTIONS", "Target", "To", "check_options"]
 
 To = Literal[
     "sync_batch_norm",
@@ -16,20 +25,107 @@ To = Literal[
     "group_norm",
     "layer_norm",
     "instance_norm",
+    "rms_norm",
+    "filter_response_norm",
+    "evo_norm_b0",
+    "evo_norm_s0",
+    "dynamic_tanh",
+    "switchable_norm",
+    "batch_instance_norm",
 ]
 
-TARGET_OPTIONS: dict[str, tuple[str, ...]] = {
-    "sync_batch_norm": ("process_group", "backend", "accumulate"),
-    "batch_renorm": ("process_group", "backend", "r_max", "d_max"),
-    "ghost_batch_norm": ("process_group", "backend", "virtual_batch_size"),
-    "frozen_batch_norm": (),
-    "group_norm": ("num_groups", "affine"),
-    "layer_norm": ("affine",),
-    "instance_norm": ("affine",),
-}
-assert set(TARGET_OPTIONS) == set(get_args(To))
+_Layers: TypeAlias = type[nn.Module] | Mapping[type[nn.Module], type[nn.Module]]
 
-STATISTICS_FAMILIES = ("sync_batch_norm", "batch_renorm", "ghost_batch_norm", "frozen_batch_norm")
+# What a batch norm brings to the constructor of the layer in its place, under either name of the affine switch.
+BROUGHT = ("eps", "momentum", "affine", "elementwise_affine", "track_running_stats", "bias", "device", "dtype")
+
+
+@cache
+def _parameters(function: Callable[..., Any]) -> dict[str, inspect.Parameter]:
+    return dict([*inspect.signature(function).parameters.items()][1:])  # without self, module or the number of channels
+
+
+@dataclass(frozen=True)
+class Target:
+    """One thing that a batch norm can become.
+
+    Attributes:
+        layers: The class; or, where it depends on the number of dims, the classes by torch's.
+        fixed: Arguments that are decided here.
+        defaults: Options that are given unless the user does.
+        own: Arguments that a batch norm has too, but that are the method's: not carried over, and options.
+        activates: The layer is an activation too, and the one behind it has to go. The user has to take it out.
+    """
+
+    layers: _Layers
+    fixed: Mapping[str, Any] = field(default_factory=dict)
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+    own: tuple[str, ...] = ()
+    activates: bool = False
+
+    @property
+    def example(self) -> type[nn.Module]:
+        """The class, or that for images."""
+        return self.layers[nn.BatchNorm2d] if isinstance(self.layers, Mapping) else self.layers
+
+    @property
+    def swaps(self) -> bool:
+        """Of batch norm's own family: a layer is the same object with another class."""
+        return issubclass(self.example, SyncStatistics)
+
+    def layer_for(self, module: nn.Module) -> type[nn.Module] | None:
+        """The class that takes the place of ``module``; None if it depends on dims that ``module`` does not tell."""
+        if not isinstance(self.layers, Mapping):
+            return self.layers
+        return next((layer for source, layer in self.layers.items() if isinstance(module, source)), None)
+
+    @property
+    def parameters(self) -> dict[str, inspect.Parameter]:
+        """What the constructor takes, after the number of channels; in a swap, as far as an existing layer can take it."""
+        layer: Callable[..., nn.Module] = self.example
+        taken = _parameters(layer)
+        if issubclass(self.example, SyncStatistics):  # swaps, for the type checker
+            settings = {**_parameters(self.example.adopt), **_parameters(self.example._arrive)}
+            return {name: parameter for name, parameter in taken.items() if name in settings}
+        return taken
+
+    @property
+    def options(self) -> tuple[str, ...]:
+        """Names of the options."""
+        brought = set(BROUGHT) - {*self.own}
+        taken = [name for name in self.parameters if name not in self.fixed and name not in brought]
+        return (*taken, *(("affine",) if {"affine", "elementwise_affine"} & set(self.parameters) else ()))
+
+    @property
+    def required(self) -> tuple[str, ...]:
+        """Options without a default."""
+        return tuple(n for n in self.options if n in self.parameters and self.parameters[n].default is inspect._empty)
+
+
+def _by_dims(name: str) -> Mapping[type[nn.Module], type[nn.Module]]:
+    plain = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+    return {source: getattr(modules, f"{name}{dims}d") for dims, source in enumerate(plain, 1)}
+
+
+TARGETS: dict[str, Target] = {
+    "sync_batch_norm": Target(_by_dims("SyncBatchNorm")),
+    **{family: Target(layers) for family, layers in modules.FAMILIES.items()},
+    "group_norm": Target(modules.GroupNorm),
+    "layer_norm": Target(modules.GroupNorm, fixed={"num_groups": 1}),
+    "instance_norm": Target(_by_dims("InstanceNorm"), fixed={"track_running_stats": False}),
+    "rms_norm": Target(modules.RMSNorm, fixed={"channel_dim": 1}),
+    "filter_response_norm": Target(modules.FilterResponseNorm, defaults={"tlu": True}, own=("eps",), activates=True),
+    "evo_norm_b0": Target(modules.EvoNormB0, own=("eps",), activates=True),
+    "evo_norm_s0": Target(modules.EvoNormS0, activates=True),
+    "dynamic_tanh": Target(modules.DynamicTanh, fixed={"channel_dim": 1}),
+    "switchable_norm": Target(_by_dims("SwitchableNorm")),
+    "batch_instance_norm": Target(_by_dims("BatchInstanceNorm")),
+}
+assert tuple(TARGETS) == get_args(To)
+
+TARGET_OPTIONS: dict[str, tuple[str, ...]] = {to: target.options for to, target in TARGETS.items()}
+
+STATISTICS_FAMILIES = tuple(to for to, target in TARGETS.items() if target.swaps)
 """Targets with batch norm's state-dict keys: a layer is the same object with another class."""
 
 
@@ -40,35 +136,40 @@ def check_options(to: str, options: dict[str, Any]) -> None:
         ValueError: For an unknown target or a value out of range.
         TypeError: For an option that the target does not take, or of the wrong type.
     """
-    if to not in TARGET_OPTIONS:
-        raise ValueError(f"to must be one of {list(TARGET_OPTIONS)}, got {to!r}.{_close(str(to), TARGET_OPTIONS)}")
+    if to not in TARGETS:
+        raise ValueError(f"to must be one of {list(TARGETS)}, got {to!r}.{_close(str(to), TARGETS)}")
+    target = TARGETS[to]
     for name in options:
-        if name not in TARGET_OPTIONS[to]:
-            others = [target for target, taken in TARGET_OPTIONS.items() if name in taken]
-            hint = f" It belongs to {' and '.join(others)}." if others else _close(name, TARGET_OPTIONS[to])
-            raise TypeError(
-                f"to={to!r} takes the options {list(TARGET_OPTIONS[to])}, got {name}={options[name]!r}.{hint}"
-            )
-    if "process_group" in options:
-        group_spec(options["process_group"])
-    backend = options.get("backend", "auto")
-    if backend != "auto" and backend not in BACKENDS:
-        raise ValueError(f"backend must be one of {['auto', *BACKENDS]}, got {backend!r}.")
-    if to == "ghost_batch_norm" and "virtual_batch_size" not in options:
-        raise TypeError(
-            "to='ghost_batch_norm' needs virtual_batch_size=n, the number of samples that share a statistic."
-        )
-    for name, least in (("r_max", 1), ("d_max", 0)):
-        value = options.get(name, least)
-        if not isinstance(value, (int, float)) or not value >= least:
-            raise ValueError(f"{name} must be a number of at least {least}, got {value!r}.")
-    counts = (("accumulate", "micro-batches"), ("num_groups", "groups"), ("virtual_batch_size", "samples"))
-    for name, counted in counts:
-        value = options.get(name, 1)
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise ValueError(f"{name} is a number of {counted}, at least 1; got {value!r}.")
+        if name not in target.options:
+            others = [other for other, taken in TARGET_OPTIONS.items() if name in taken]
+            hint = f" It belongs to {_listed(others)}." if others else _close(name, target.options)
+            raise TypeError(f"to={to!r} takes the options {list(target.options)}, got {name}={options[name]!r}.{hint}")
+    for name in target.required:
+        if name not in options:
+            raise TypeError(f"to={to!r} needs {name}=n; see syncnorm.modules.{target.example.__name__}.")
     if options.get("affine") not in (None, True, False):
         raise TypeError(f"affine must be True, False or None (as each layer has it), got {options['affine']!r}.")
+    _check_values(target, {name: value for name, value in options.items() if name in target.parameters})
+
+
+def _check_values(target: Target, options: dict[str, Any]) -> None:
+    """Their types by the annotations of the constructor, their ranges by calling it."""
+    hints = get_type_hints(target.example.__init__)
+    for name, value in options.items():
+        kinds = set(get_args(hints[name]) or (hints[name],)) & {int, float, bool, str}
+        accepted = kinds | {int} if float in kinds else kinds
+        if kinds and value is not None and type(value) not in accepted:
+            raise TypeError(f"{name} must be {' or '.join(sorted(k.__name__ for k in kinds))}, got {value!r}.")
+    num_features = options.get("num_groups", 1)
+    if num_features < 1:
+        raise ValueError(f"num_groups is a number of groups, at least 1; got {num_features}.")
+    if "num_groups" in target.parameters:
+        options = {"num_groups": num_features, **options}
+    target.example(num_features, **options)
+
+
+def _listed(names: list[str]) -> str:
+    return " and ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
 
 
 def _close(name: str, known: Any) -> str:

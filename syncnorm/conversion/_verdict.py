@@ -1,14 +1,14 @@
 """What would happen to one layer, and why: swap, replace, keep or skip."""
 
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
 from syncnorm.conversion._adapters import LEFTOVERS, target_in_family, target_of
 from syncnorm.conversion._layers import Layer, class_names, origin_of, qualified_type
-from syncnorm.conversion._replace import describe_norm, num_groups_for, replacement_name
-from syncnorm.conversion._targets import STATISTICS_FAMILIES, TARGET_OPTIONS
+from syncnorm.conversion._replace import Blueprint, blueprint, default_of
+from syncnorm.conversion._targets import TARGET_OPTIONS, TARGETS
 from syncnorm.distributed import group_spec
 from syncnorm.modules import BatchNorm, SyncBatchNorm, SyncBatchNorm1d, SyncBatchNorm2d, SyncBatchNorm3d, SyncStatistics
 from syncnorm.modules._mixed_statistics import MixedStatistics
@@ -21,11 +21,16 @@ _STATE = {"weight", "bias", "running_mean", "running_var", "num_batches_tracked"
 
 
 class Verdict(NamedTuple):
-    """What happens to a layer: ``swap``, ``replace``, ``keep`` or ``skip``; the name of its new class; and why."""
+    """What happens to a layer: ``swap``, ``replace``, ``keep`` or ``skip``; the name of its new class; and why.
+
+    Further, where it is replaced, the names of parameters and buffers that the new layer has, or has not, unlike the old.
+    """
 
     action: str
     target: str
     reason: str
+    new: tuple[str, ...] = ()
+    dropped: tuple[str, ...] = ()
 
 
 def judge(layer: Layer, to: str, options: dict[str, Any]) -> Verdict:
@@ -33,16 +38,25 @@ def judge(layer: Layer, to: str, options: dict[str, Any]) -> Verdict:
     module = layer.module
     origin = origin_of(module)
     kept = type(module).__name__
-    if isinstance(module, MixedStatistics):
-        return Verdict("keep", kept, "no batch norm; shares its batch statistics over ranks by itself")
     if origin is not None:
-        if origin.to == to and replacement_name(origin.module, to, options) == describe_norm(module):
+        if (
+            origin.to == to
+            and origin.made == str(blueprint(origin.module, to, options))
+            and not _regroups(module, options)
+        ):
             return Verdict("keep", kept, f"converted to {to} before")
         return Verdict("skip", kept, f"took the place of {type(origin.module).__name__}; syncnorm.revert(model) first")
+    if isinstance(module, MixedStatistics):
+        return Verdict("keep", kept, "no batch norm; shares its batch statistics over ranks by itself")
     obstacle = _obstacle(layer)
     if obstacle is not None:
         return Verdict("skip", kept, obstacle)
-    return _swap(module, to, options) if to in STATISTICS_FAMILIES else _replace(layer, to, options)
+    return _swap(module, to, options) if TARGETS[to].swaps else _replace(layer, to, options)
+
+
+def _regroups(module: nn.Module, options: dict[str, Any]) -> bool:
+    group = options.get("process_group")
+    return group is not None and group_spec(group) != getattr(module, "_group_spec", None)
 
 
 def _obstacle(layer: Layer) -> str | None:
@@ -70,11 +84,9 @@ def _obstacle(layer: Layer) -> str | None:
 
 def _swap(module: nn.Module, to: str, options: dict[str, Any]) -> Verdict:
     if isinstance(module, SyncStatistics) and module.family == to:
-        news = []
-        group = options.get("process_group")
-        if group is not None and group_spec(group) != module._group_spec:
-            news.append(f"process_group={group_spec(group)}")
-        news += [f"{name}={options[name]}" for name in TARGET_OPTIONS[to][1:] if _differs(module, name, options)]
+        news = [f"process_group={group_spec(options['process_group'])}"] if _regroups(module, options) else []
+        others = [name for name in TARGET_OPTIONS[to] if name != "process_group"]
+        news += [f"{name}={options[name]}" for name in others if _differs(module, name, options)]
         own = type(module).__name__
         return (
             Verdict("swap", own, f"new settings: {', '.join(news)}")
@@ -115,27 +127,63 @@ def _replace(layer: Layer, to: str, options: dict[str, Any]) -> Verdict:
             "pruned or weight-normed" if "weight_orig" in extra or "weight_g" in extra else f"it holds {sorted(extra)}"
         )
         return Verdict("skip", own, f"{what}, which {to} would lose; make it permanent or remove it, then convert")
+    if getattr(module, "activation", None) is not None:
+        return Verdict("skip", own, f"it applies {module.activation!r} too, which {to} would lose; exclude it")
     if module.__dict__.get("_compiled_call_impl") or any(key == "_orig_mod" for _, key in layer.places):
         return Verdict(
             "skip", own, "torch.compile was given this very layer and would not see another; convert before compiling"
         )
-    target = replacement_name(module, to, options)
-    if target is None:
+    made = blueprint(module, to, options)
+    if made is None:
         return Verdict("skip", own, "does not know whether it is 1d, 2d or 3d; syncnorm.revert(model, dim=...) first")
-    return Verdict("replace", target, _replace_reason(module, to, options))
+    before, after = (_tensors(each) for each in (module, made.make(device="meta")))
+    new, dropped = [name for name in after if name not in before], [name for name in before if name not in after]
+    parts = [
+        _coarser(made, options),
+        _said([name for name in after if name in before], "carried over") or ("" if new else "without weight and bias"),
+        _said(new, "new"),
+        _said(dropped, "dropped"),
+        *_settings(module, made),
+    ]
+    return Verdict("replace", str(made), "; ".join(part for part in parts if part), tuple(new), tuple(dropped))
 
 
-def _replace_reason(module: nn.Module, to: str, options: dict[str, Any]) -> str:
-    num_features = int(cast(int, module.num_features))
-    reason = (
-        "weight and bias carried over" if module._parameters.get("weight") is not None else "without weight and bias"
-    )
-    affine = options.get("affine")
-    if affine is not None and affine != (module._parameters.get("weight") is not None):
-        reason = "new weight and bias" if affine else "weight and bias dropped"
-    if to == "group_norm":
-        asked = options.get("num_groups", 32)
-        groups = num_groups_for(num_features, asked)
+def _tensors(module: nn.Module) -> list[str]:
+    tensors = {**module._parameters, **module._buffers}
+    return [name for name, tensor in tensors.items() if tensor is not None and name != "_pending"]
+
+
+def _said(names: list[str], what: str) -> str:
+    """``weight, bias and running statistics carried over``; the counter goes with the statistics."""
+    words = [name.replace("running_var", "running variance") for name in names if name != "num_batches_tracked"]
+    if "running_mean" in words:
+        words.remove("running_mean")
+        both = "running variance" in words
+        words = [word for word in words if word != "running variance"]
+        words.append("running statistics" if both else "running mean")
+    text = " and ".join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else words)
+    return f"{what} {text}" if what == "new" and text else text and f"{text} {what}"
+
+
+def _coarser(made: Blueprint, options: dict[str, Any]) -> str:
+    """That the number of groups which was asked for does not divide the channels."""
+    if "num_groups" in TARGETS[made.target].options:
+        asked = options.get("num_groups", default_of(made.target, "num_groups"))
+        groups = made.arguments["num_groups"]
         if groups != asked:
-            reason = f"{asked} does not divide {num_features}, {groups} = gcd({asked}, {num_features}) does; {reason}"
-    return reason
+            return f"{asked} does not divide {made.num_features}, {groups} = gcd({asked}, {made.num_features}) does"
+    return ""
+
+
+def _settings(module: nn.Module, made: Blueprint) -> list[str]:
+    """What decides, apart from tensors, whether the network still does what it did."""
+    target, said = TARGETS[made.target], []
+    if "process_group" in target.parameters:
+        said.append(f"group {group_spec(made.arguments['process_group'])}")
+    if isinstance(module, SyncStatistics) and module.accumulate > 1:
+        said.append(f"accumulate={module.accumulate} dropped")
+    if "eps" in target.own and (eps := made.arguments.get("eps", default_of(made.target, "eps"))) != module.eps:
+        said.append(f"eps={eps}, not {module.eps}")
+    if target.activates and made.arguments.get("tlu", True):
+        said.append("activates too: remove the activation that follows")
+    return said
