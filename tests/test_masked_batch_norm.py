@@ -41,7 +41,7 @@ class Masked(nn.Module):
         self.layer, self.mask = layer, mask
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.layer(x, self.mask)
+        return self.layer(x, mask=self.mask)
 
     def named_parameters(self, *args: object, **kwargs: object) -> object:
         return self.layer.named_parameters()
@@ -99,7 +99,7 @@ def test_ragged_sequences_have_the_statistics_of_their_packed_values() -> None:
     x, _ = whole_batch((6, 3, 5))
     mask = lengths_mask(6, 5)
     layer, packed = syncnorm.SyncBatchNorm1d(3, dtype=torch.float64), nn.BatchNorm1d(3, dtype=torch.float64)
-    y = layer(x, mask)
+    y = layer(x, mask=mask)
     values = x.transpose(1, 2)[mask]  # [valid, C], as a packed sequence holds them
     torch.testing.assert_close(y.transpose(1, 2)[mask], packed(values), rtol=1e-12, atol=1e-12)
     for name, value in packed.state_dict().items():
@@ -115,7 +115,7 @@ def test_a_full_mask_is_no_mask_and_padding_may_be_nan() -> None:
         torch.testing.assert_close(mine[name], exact[name], rtol=1e-10, atol=1e-10)
     dirty = torch.cat([x, torch.full((2, 3, 5), torch.nan, dtype=torch.float64)])
     clean = syncnorm.SyncBatchNorm1d(3, dtype=torch.float64)
-    y = clean(dirty, torch.arange(8) < 6)
+    y = clean(dirty, mask=torch.arange(8) < 6)
     torch.testing.assert_close(y[:6], syncnorm.SyncBatchNorm1d(3, dtype=torch.float64)(x), rtol=1e-12, atol=1e-12)
     assert clean.running_var.isfinite().all()
 
@@ -126,8 +126,8 @@ def test_compiled_step_equals_eager() -> None:
     eager, layer = (syncnorm.SyncBatchNorm1d(3, dtype=torch.float64) for _ in range(2))
     torch._dynamo.reset()
     a, b = (x.clone().requires_grad_() for _ in range(2))
-    torch.compile(layer, fullgraph=True, backend="aot_eager")(a, mask).pow(3).sum().backward()
-    eager(b, mask).pow(3).sum().backward()
+    torch.compile(layer, fullgraph=True, backend="aot_eager")(a, mask=mask).pow(3).sum().backward()
+    eager(b, mask=mask).pow(3).sum().backward()
     torch.testing.assert_close(a.grad, b.grad, rtol=1e-11, atol=1e-11)
     torch.testing.assert_close(layer.running_var, eager.running_var, rtol=1e-12, atol=1e-12)
 
@@ -136,8 +136,8 @@ def test_compiled_step_equals_eager() -> None:
 def test_low_precision_keeps_its_dtype_and_its_accuracy(dtype: torch.dtype) -> None:
     x, _ = whole_batch((6, 3, 5), dtype=dtype)
     mask = lengths_mask(6, 5)
-    y = syncnorm.SyncBatchNorm1d(3)(x, mask)
-    exact = syncnorm.SyncBatchNorm1d(3, dtype=torch.float64)(x.double(), mask)
+    y = syncnorm.SyncBatchNorm1d(3)(x, mask=mask)
+    exact = syncnorm.SyncBatchNorm1d(3, dtype=torch.float64)(x.double(), mask=mask)
     assert y.dtype == dtype
     assert float((y.double() - exact).abs().max().detach()) <= 2 * torch.finfo(dtype).eps * float(
         exact.abs().max().detach()
@@ -151,21 +151,21 @@ def test_masks_that_do_not_fit_are_refused() -> None:
         with pytest.raises(
             ValueError, match=r"SyncBatchNorm1d\(3\): mask must be \[N\], \[N, \*\] or \[N, 1, \*\] for an input"
         ):
-            layer(x, mask)
+            layer(x, mask=mask)
     with pytest.raises(TypeError, match=r"mask must be bool or real weights, got torch\.complex64"):
-        layer(x, torch.ones(4, dtype=torch.complex64))
+        layer(x, mask=torch.ones(4, dtype=torch.complex64))
     with pytest.raises(TypeError, match=r"BatchRenorm1d\(3\): this kind of norm takes no mask; SyncBatchNorm does"):
-        BatchRenorm1d(3)(x, torch.ones(4))
+        BatchRenorm1d(3)(x, mask=torch.ones(4))
     assert layer.num_batches_tracked == 0
 
 
 def _nothing_counts() -> list[float]:
     layer = syncnorm.SyncBatchNorm1d(2)
-    y = layer(torch.randn(3, 2), torch.zeros(3, dtype=torch.bool))
+    y = layer(torch.randn(3, 2), mask=torch.zeros(3, dtype=torch.bool))
     assert y.isfinite().all()
     only_one = torch.arange(3) == (dist.get_rank() * 5)  # one value on rank 0, none on rank 1
     with pytest.raises(ValueError, match="expected more than 1 value per channel in the whole group"):
-        layer(torch.randn(3, 2), only_one)
+        layer(torch.randn(3, 2), mask=only_one)
     return [*layer.running_mean.tolist(), float(layer.num_batches_tracked)]
 
 

@@ -54,6 +54,9 @@ class Activation(NamedTuple):
         if self.name == "leaky_relu":
             return torch.ops.aten.leaky_relu_backward(grad, pre, self.negative_slope, False)  # type: ignore[no-any-return]
         if self.name == "silu":
+            if torch.is_grad_enabled():  # ATen's operator has no derivative
+                gate = pre.sigmoid()
+                return grad * gate * (1 + pre * (1 - gate))
             return torch.ops.aten.silu_backward(grad, pre)  # type: ignore[no-any-return]
         return torch.ops.aten.gelu_backward(grad, pre)  # type: ignore[no-any-return]
 
@@ -62,14 +65,14 @@ class Activation(NamedTuple):
         return torch.where(positive, grad, grad * self.negative_slope if self.name == "leaky_relu" else 0.0)
 
 
-def find_activation(name: str | None, negative_slope: float = 0.01) -> Activation | None:
-    """The activation of that name; None for None.
+def find_activation(name: "str | Activation | None", negative_slope: float = 0.01) -> Activation | None:
+    """The activation of that name; None for None, and an activation for itself.
 
     Raises:
         ValueError: For an unknown name.
     """
-    if name is None:
-        return None
+    if name is None or isinstance(name, Activation):
+        return name
     if name not in ACTIVATIONS:
         raise ValueError(
             f"activation must be None or one of {list(ACTIVATIONS)}, got {name!r}. Another function can follow the norm "

@@ -1,12 +1,10 @@
 """Batch normalisation whose statistics leave out padding, or weigh their samples, over the ranks of a group."""
 
-import torch
 from torch import Tensor
 
 from syncnorm.core.layout import accumulate_dtype
 from syncnorm.core.running import RunningStatistics
-from syncnorm.distributed.exchange import send_poison
-from syncnorm.functional._sync_batch_norm import enter, evaluate, validate
+from syncnorm.functional._sync_batch_norm import enter, evaluate, tell_others, validate
 from syncnorm.functional._sync_moments import beside, sync_moments
 
 __all__ = ["masked_batch_norm"]
@@ -73,8 +71,7 @@ def masked_batch_norm(
     try:
         weights = _weights(input, mask)
     except (ValueError, TypeError):
-        if ranks.size > 1 and not torch.compiler.is_compiling():
-            send_poison(input.size(1), input.device, ranks)
+        tell_others(input, ranks)
         raise
     running = None
     if running_mean is not None or num_batches_tracked is not None:

@@ -7,14 +7,18 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from syncnorm.core.activation import Activation, find_activation
+from syncnorm.core.layout import flatten, flatten_like, unflatten
 from syncnorm.core.running import RunningStatistics
 from syncnorm.distributed.exchange import send_poison
 from syncnorm.distributed.groups import Group, group_spec, resolve
 from syncnorm.functional._batch_normalize import batch_normalize
 from syncnorm.functional._checkpoint import is_recomputing, unseen_by_selective_checkpointing
+from syncnorm.functional._fused import check_invertible, check_residual, follow
 from syncnorm.functional._walk import Walk
+from syncnorm.kernels import choose
 
-__all__ = ["enter", "evaluate", "needs_grad", "sync_batch_norm", "validate"]
+__all__ = ["enter", "evaluate", "needs_grad", "sync_batch_norm", "tell_others", "validate"]
 
 
 def sync_batch_norm(
@@ -35,8 +39,14 @@ def sync_batch_norm(
     num_features: int | None = None,
     input_dims: tuple[int, ...] | None = None,
     site: object = None,
+    residual: Tensor | None = None,
+    activation: str | Activation | None = None,
+    negative_slope: float = 0.01,
+    memory_efficient: bool = False,
 ) -> Tensor:
-    """Batch normalisation with the statistics of all ranks of a group.
+    """Batch normalisation with the statistics of all ranks of a group, and what often follows it.
+
+    Computes ``act(batch_norm(x) + residual)``.
 
     Equal to ``torch.nn.functional.batch_norm`` on the concatenation of all ranks' inputs: output, input gradient, the sum
     over ranks of the parameter gradients, running statistics and second derivatives, for any split of the batch, by N or
@@ -64,12 +74,21 @@ def sync_batch_norm(
         num_features: Channels that ``input`` must have; by default as many as ``running_mean`` or ``weight``.
         input_dims: Numbers of dims that ``input`` may have; at least 2 by default.
         site: Any object that stands for the layer; lets a checkpointed recompute reuse the statistics of its forward.
+        residual: Added before the activation; of the shape, dtype and device of ``input``, in any layout.
+        activation: ``"relu"``, ``"leaky_relu"``, ``"silu"``, ``"gelu"`` (the exact one), or None. Kept for the backward are
+            ``input`` and O(C); with a residual also its signs, one bit an element (of the residual itself for ``"silu"`` and
+            ``"gelu"``, whose derivative needs more than a sign).
+        negative_slope: Of ``"leaky_relu"``.
+        memory_efficient: Keep the output for the backward in place of the input, which is found again from it. For no
+            activation, or ``"leaky_relu"`` with a positive slope; without a residual. There is no second derivative then.
 
     Returns:
         Tensor like ``input``; dense layouts are preserved.
 
     Raises:
-        ValueError: If the input does not fit, eps is not positive, or the whole group has one value per channel.
+        ValueError: If the input or the residual does not fit, eps is not positive, or the whole group has one value per
+            channel; for an unknown activation; or if ``memory_efficient`` goes with what cannot be inverted, a weight near
+            zero included.
         TypeError: If the input is not floating point.
         SyncNormError: If this rank is outside the group, the group is gone, or the named backend refuses.
         SyncNormMismatch: If ranks disagree on the backward to come, or another rank refused its input.
@@ -79,16 +98,27 @@ def sync_batch_norm(
     if num_features is None:
         known = running_mean if running_mean is not None else weight
         num_features = None if known is None else known.numel()
+    act = find_activation(activation, negative_slope)
     if not training:
         validate(input, num_features, input_dims)
-        return evaluate(input, running_mean, running_var, weight, bias, eps)
+        check_residual(input, residual)
+        return evaluate(input, running_mean, running_var, weight, bias, eps, residual, act)
     ranks = enter(input, eps, group, num_features, input_dims)
+    try:
+        check_residual(input, residual)
+        if memory_efficient:
+            check_invertible(weight, bias, residual, act)
+    except ValueError:
+        tell_others(input, ranks)
+        raise
     has_statistics = running_mean is not None or pending is not None or num_batches_tracked is not None
     running = RunningStatistics(running_mean, running_var, num_batches_tracked, momentum, pending, accumulate)
-    if ranks.size == 1 and backend == "auto" and pending is None and _torch_serves(input, weight, bias, running):
+    plain = residual is None and act is None and not memory_efficient and pending is None
+    if ranks.size == 1 and backend == "auto" and plain and _torch_serves(input, weight, bias, running):
         return _torch_batch_norm(input, weight, bias, eps, running)
-    walk = Walk(eps, ranks, backend, needs_grad(input, weight, bias), site)
-    return batch_normalize(input, weight, bias, walk, running if has_statistics else None)
+    needs_backward = needs_grad(input, weight, bias, residual)
+    walk = Walk(eps, ranks, backend, needs_backward, site, activation=act, memory_efficient=memory_efficient)
+    return batch_normalize(input, weight, bias, walk, running if has_statistics else None, residual)
 
 
 def needs_grad(*tensors: Tensor | None) -> bool:
@@ -103,13 +133,27 @@ def evaluate(
     weight: Tensor | None,
     bias: Tensor | None,
     eps: float,
+    residual: Tensor | None = None,
+    activation: Activation | None = None,
 ) -> Tensor:
-    """Evaluate by torch's own batch norm, for any mix of dtypes; by the local batch where nothing was tracked."""
+    """Evaluate by torch's own batch norm, for any mix of dtypes; by the local batch where nothing was tracked.
+
+    With a residual or an activation and without a gradient it is one pass of a kernel.
+    """
     if running_mean is None or running_var is None:
         weight, bias = _in_dtype(input, weight, bias)
-        return functional.batch_norm(input, None, None, weight, bias, True, 0.0, eps)
+        y = functional.batch_norm(input, None, None, weight, bias, True, 0.0, eps)
+        return follow(y, residual, activation)
+    if (residual is not None or activation is not None) and _kernel_evaluates(input, weight, bias, residual):
+        flat = flatten(input)
+        rstd = running_var.double().add_(eps).rsqrt_()
+        residual = None if residual is None else flatten_like(residual, flat)
+        fused = choose("auto", input).batch_normalize
+        y = fused(flat, running_mean.double(), rstd, weight, bias, activation, residual)[0]
+        return unflatten(y, input.shape)
     running_mean, running_var, weight, bias = _in_dtype(input, running_mean, running_var, weight, bias)
-    return functional.batch_norm(input, running_mean, running_var, weight, bias, False, 0.0, eps)
+    y = functional.batch_norm(input, running_mean, running_var, weight, bias, False, 0.0, eps)
+    return follow(y, residual, activation)
 
 
 def enter(
@@ -122,10 +166,17 @@ def enter(
         if not eps > 0:
             raise ValueError(f"eps must be positive when training, got {eps}.")
     except (ValueError, TypeError):
-        if ranks.size > 1 and num_features is not None and not torch.compiler.is_compiling():
-            send_poison(num_features, input.device, ranks)
+        tell_others(input, ranks, num_features)
         raise
     return ranks
+
+
+def tell_others(input: Tensor, ranks: Group, num_features: int | None = None) -> None:
+    """Send a refusal of this rank's arguments to the ranks that would wait for it."""
+    if num_features is None and input.dim() > 1:
+        num_features = input.size(1)
+    if ranks.size > 1 and num_features is not None and not torch.compiler.is_compiling():
+        send_poison(num_features, input.device, ranks)
 
 
 def validate(input: Tensor, num_features: int | None, input_dims: tuple[int, ...] | None) -> None:
@@ -140,6 +191,12 @@ def validate(input: Tensor, num_features: int | None, input_dims: tuple[int, ...
     if num_features is not None and input.size(1) != num_features:
         hint = " The channels seem to be last: use x.movedim(-1, 1)." if input.size(-1) == num_features else ""
         raise ValueError(f"expected {num_features} channels in dim 1, got an input {list(input.shape)}.{hint}")
+
+
+def _kernel_evaluates(input: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None) -> bool:
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or not input.numel():
+        return False
+    return not needs_grad(input, weight, bias, residual) and not torch._C._are_functorch_transforms_active()
 
 
 def _in_dtype(input: Tensor, *tensors: Tensor | None) -> list[Tensor | None]:

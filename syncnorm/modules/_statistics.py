@@ -12,10 +12,12 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from typing_extensions import Self
 
+from syncnorm.core.activation import Activation, find_activation
 from syncnorm.distributed.collectives import find_group, group_ranks
 from syncnorm.distributed.groups import LOCAL, Group, GroupSpec, group_spec, resolve
 from syncnorm.errors import SyncNormError
 from syncnorm.functional import sync_batch_norm
+from syncnorm.functional._fused import check_invertible, check_residual, follow
 from syncnorm.functional._masked_batch_norm import masked_batch_norm
 from syncnorm.functional._sync_batch_norm import evaluate, validate
 from syncnorm.kernels import BACKENDS
@@ -32,7 +34,10 @@ GHOSTS: dict[type["SyncStatistics"], type["SyncStatistics"]] = {}
 _WIDE = ("_pending", "_limits", "_clip_rate")
 """Buffers that stay float64 whatever the model is cast to."""
 
-_OURS = ("_group_spec", "_origin", "_sync", "_synced_over", "_torch_group", "accumulate", "backend")
+_OURS = (
+    "_activation", "_group_spec", "_origin", "_sync", "_synced_over", "_torch_group", "accumulate", "backend",
+    "memory_efficient",
+)  # fmt: skip
 _HALVES = (torch.float16, torch.bfloat16)
 
 
@@ -42,6 +47,7 @@ class SyncStatistics(_BatchNorm):
     Attributes:
         backend: Kernel backend by name, or ``"auto"``.
         accumulate: Micro-batches per update of the running statistics.
+        memory_efficient: Keep the output for the backward in place of the input.
     """
 
     reverts_to: ClassVar[type[nn.Module]]
@@ -50,6 +56,8 @@ class SyncStatistics(_BatchNorm):
 
     backend: str
     accumulate: int
+    memory_efficient: bool = False
+    _activation: Activation | None = None
     _group_spec: GroupSpec
     _origin: type[nn.Module] | None
     _sync: bool
@@ -69,6 +77,15 @@ class SyncStatistics(_BatchNorm):
         self._group_spec = group_spec(value)
         self._synced_over = 0
 
+    @property
+    def activation(self) -> str | None:
+        """What the layer applies to its result: ``"relu"``, ``"leaky_relu"``, ``"silu"``, ``"gelu"`` or None."""
+        return None if self._activation is None else self._activation.name
+
+    @activation.setter
+    def activation(self, value: str | Activation | None) -> None:
+        self._activation = find_activation(value)
+
     def __init__(
         self,
         num_features: int,
@@ -84,34 +101,52 @@ class SyncStatistics(_BatchNorm):
         backend: str = "auto",
         accumulate: int = 1,
         virtual_batch_size: int | None = None,
+        activation: str | Activation | None = None,
+        negative_slope: float = 0.01,
+        memory_efficient: bool = False,
     ) -> None:
         if eps < 0:
             raise ValueError(f"eps must be positive, got {eps}.")
         _check_options(backend, accumulate)
+        act = find_activation(activation, negative_slope)
+        if memory_efficient:
+            check_invertible(None, None, None, act)
         super().__init__(num_features, eps, momentum, affine, track_running_stats, device=device, dtype=dtype)
         if affine and not bias:
             self.register_parameter("bias", None)
         self._set_up(group_spec(process_group), backend, accumulate)
+        self._activation, self.memory_efficient = act, memory_efficient
         if virtual_batch_size is not None:
             self._become_ghosts(virtual_batch_size)
 
-    def forward(self, input: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Normalise ``input`` [N, C, *]: by the statistics of all ranks when training, by the running ones otherwise.
+    def forward(self, input: Tensor, residual: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
+        """Compute ``act(norm(input) + residual)``: by the statistics of all ranks when training, else by the running ones.
 
         Args:
             input: ``[N, C, *]``.
+            residual: Added before the activation; of the shape and dtype of ``input``, in any layout.
             mask: Which values count in the statistics, or how much: ``[N]``, ``[N, *]`` or ``[N, 1, *]``; see
                 :func:`syncnorm.functional.masked_batch_norm`. All ranks must give one, or none.
         """
         try:
-            return self._normalize(input) if mask is None else self._normalize_masked(input, mask)
+            if mask is None and self.family == "sync_batch_norm":
+                return self._synchronise(input, residual)
+            y = self._normalize(input) if mask is None else self._normalize_masked(input, mask)
+            return follow(y, residual, self._activation)
         except (ValueError, TypeError, SyncNormError) as error:
             raise type(error)(f"{type(self).__name__}({self.num_features}): {error}") from error
 
     def _normalize(self, input: Tensor) -> Tensor:
+        """What a family other than SyncBatchNorm computes, without what follows."""
+        raise NotImplementedError
+
+    def _synchronise(self, input: Tensor, residual: Tensor | None) -> Tensor:
         if not self.training:
             validate(input, self.num_features, self.input_dims)
-            return evaluate(input, self.running_mean, self.running_var, self.weight, self.bias, self.eps)
+            check_residual(input, residual)
+            return evaluate(
+                input, self.running_mean, self.running_var, self.weight, self.bias, self.eps, residual, self._activation
+            )
         tracked = self.track_running_stats
         return sync_batch_norm(
             input,
@@ -130,6 +165,9 @@ class SyncStatistics(_BatchNorm):
             num_features=self.num_features,
             input_dims=self.input_dims,
             site=None if torch.compiler.is_compiling() else self,
+            residual=residual,
+            activation=self._activation,
+            memory_efficient=self.memory_efficient,
         )
 
     def _normalize_masked(self, input: Tensor, mask: Tensor) -> Tensor:
@@ -216,7 +254,16 @@ class SyncStatistics(_BatchNorm):
         return layer
 
     def release(self) -> nn.Module:
-        """Give the layer its original class back, in place, and take away all that :meth:`adopt` added."""
+        """Give the layer its original class back, in place, and take away all that :meth:`adopt` added.
+
+        Raises:
+            SyncNormError: If the layer has an activation, which its original class has not.
+        """
+        if self._activation is not None:
+            raise SyncNormError(
+                f"{type(self).__name__}({self.num_features}) applies {self.activation!r}, and {self.reverts_to.__name__} "
+                "would not. Set layer.activation = None and put the activation after it as a layer of its own."
+            )
         self._leave()
         origin: type[nn.Module] = self._origin or self.reverts_to
         torch_group = self._torch_group
@@ -257,7 +304,8 @@ class SyncStatistics(_BatchNorm):
     def extra_repr(self) -> str:
         """The fields of torch's layer, and ours where they are not the default."""
         ours = {"process_group": (self._group_spec, GroupSpec()), "backend": (self.backend, "auto")}
-        ours["accumulate"] = (self.accumulate, 1)
+        ours |= {"accumulate": (self.accumulate, 1), "activation": (self.activation, None)}
+        ours["memory_efficient"] = (self.memory_efficient, False)
         extra = [f"{name}={value}" for name, (value, default) in ours.items() if value != default]
         return ", ".join([super().extra_repr(), *extra])  # type: ignore[no-untyped-call]
 

@@ -31,12 +31,18 @@ _ARGUMENTS = """
         virtual_batch_size: Samples that share a statistic: fewer than the batch of a rank, which is then cut, or as many as
             several ranks have, which are then joined. The layer made is the :class:`syncnorm.GhostBatchNorm2d` of as many
             dims, a subclass of this class. None for all samples of all ranks.
+        activation: ``"relu"``, ``"leaky_relu"``, ``"silu"``, ``"gelu"`` (the exact one) or None: applied to the result, in the
+            same passes over memory. The backward keeps the input alone, and one bit an element where there is a residual.
+        negative_slope: Of ``"leaky_relu"``.
+        memory_efficient: Keep the output for the backward in place of the input, where the layer that follows keeps it
+            anyway: no memory of its own. For no activation, or ``"leaky_relu"`` with a positive slope; no residual, no
+            second derivative, no weight near zero.
 
     Shape:
-        Input {shape}; output the same. Statistics over all dims but C and over all ranks of the group.
+        Input {shape}, residual and output the same. Statistics over all dims but C and over all ranks of the group.
 
     Raises:
-        ValueError: If an input does not fit, or one value per channel is all that the whole group has.
+        ValueError: If an input or a residual does not fit, or one value per channel is all that the whole group has.
         TypeError: If an input is not floating point.
         SyncNormError: If this rank is outside the group, or the group no longer exists.
 
