@@ -53,7 +53,8 @@ def check_invertible(
     weight = weight.detach().float()
     limit = torch.full_like(weight, _SMALLEST_SCALE) if bias is None else bias.detach().float().abs() / _LARGEST_SHIFT
     too_small = weight.abs() < limit.clamp(min=_SMALLEST_SCALE)
-    message = f"{needs} by dividing by the weight, which must be at least {_SMALLEST_SCALE:g} and |bias|/{_LARGEST_SHIFT:g} in size"
+    at_least = f"{_SMALLEST_SCALE:g} and |bias|/{_LARGEST_SHIFT:g} in size"
+    message = f"{needs} by dividing by the weight, which must be at least {at_least}"
     if torch.compiler.is_compiling() or weight.device.type != "cpu":
         torch._assert_async(~too_small.any(), f"{message}.")
     elif bool(too_small.any()):
