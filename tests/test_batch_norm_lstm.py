@@ -330,6 +330,37 @@ def test_compiles_and_exports() -> None:
         torch.testing.assert_close(twin.get_buffer(name), value)
 
 
+def _compiled(samples: list[int], steps: list[int]) -> float:
+    torch._dynamo.reset()
+    rank = dist.get_rank()
+    x = torch.stack(ragged([max(steps)] * sum(samples)), 1)[: steps[rank], sum(samples[:rank]) :][:, : samples[rank]]
+    eager, found = randomised(), []
+    twin = copy.deepcopy(eager)
+    twin.compile(fullgraph=True, backend="aot_eager")
+    for lstm in (eager, twin) if len(set(steps)) == 1 else (twin,):
+        x = x.clone().requires_grad_()
+        y, (h, c) = lstm(x)
+        gradients = torch.autograd.grad(y.pow(3).sum() + h.sum() + c.sum(), [x, *lstm.parameters()])
+        found.append(torch.cat([t.detach().flatten() for t in (y, *gradients, *lstm.buffers())]))
+    return float((found[0] - found[1]).abs().max())
+
+
+def _compiled_cases() -> tuple[float, float, str]:
+    even, empty = _compiled([3, 2], [2, 2]), _compiled([4, 0], [2, 2])
+    with pytest.raises(RuntimeError, match="needs sequences of the same length on all ranks") as error:
+        _compiled([3, 3], [3, 2])
+    return even, empty, str(error.value)
+
+
+@pytest.mark.gloo
+@pytest.mark.slow
+@pytest.mark.timeout(200)
+def test_a_compiled_step_over_ranks_equals_the_eager_one() -> None:
+    for uneven, empty, message in run_ranks(_compiled_cases, 2, timeout=180):
+        assert max(uneven, empty) <= 1e-11
+        assert "they differ. Pad them, or run without torch.compile" in message
+
+
 def test_bad_input_and_settings_are_refused() -> None:
     lstm = BatchNormLSTM(2, H, max_length=3)
     with pytest.raises(ValueError, match="expected more than 1 value per channel"):

@@ -192,6 +192,33 @@ def test_compiled_step_equals_eager_over_ranks() -> None:
             assert error <= BOUND and compilations == 1, (case, error, compilations)
 
 
+def _two_layers() -> dict[str, float]:
+    out = {}
+    for make in (syncnorm.SyncBatchNorm1d, syncnorm.modules.SwitchableNorm1d):
+        torch._dynamo.reset()
+        torch.manual_seed(4)
+        first, second = make(3).double(), make(3).double()
+        x = torch.randn(4, 3, 2, dtype=torch.float64)[: 4 * (1 - dist.get_rank())]
+
+        def forward(x: Tensor, y: Tensor, first: nn.Module = first, second: nn.Module = second) -> Tensor:
+            return first(x).cos() + second(y)
+
+        found = []
+        for function in (forward, torch.compile(forward, fullgraph=True, backend="aot_eager")):
+            inputs = [x.clone().requires_grad_(), x.sin().requires_grad_()]
+            y = function(*inputs)
+            gradients = torch.autograd.grad(y.sum(), [*inputs, *first.parameters(), *second.parameters()])
+            found.append(torch.cat([t.detach().flatten() for t in (y, *gradients)]))
+        out[make.__name__] = float((found[0] - found[1]).abs().max())
+    return out
+
+
+def test_an_empty_shard_exchanges_once_for_each_layer_of_a_graph() -> None:
+    # Rows of constants are common subexpressions.
+    for per_rank in run_ranks(_two_layers, 2, timeout=120):
+        assert max(per_rank.values()) <= BOUND, per_rank
+
+
 def _half_precision() -> dict[str, float]:
     generator = torch.Generator().manual_seed(5)
     x, weight = torch.randn(2, 6, 3, 5, generator=generator).bfloat16().unbind(0)

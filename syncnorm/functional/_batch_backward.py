@@ -40,7 +40,7 @@ def batch_backward(
     ``side`` is what the backward primitives take: the mask, or the residual [N, C, *].
     """
     if not x.numel():
-        zero = grad.transpose(0, 1).flatten(1).sum(1, dtype=torch.float64)
+        zero = (grad * x).transpose(0, 1).flatten(1).sum(1, dtype=torch.float64)  # of x, too: see moments_of_none
         sums = torch.stack([zero, zero])
         means = exchange_sums(sums.clone(), walk.group) / at_least_one(count)
         return empty_after(means[0], x), None, sums, means

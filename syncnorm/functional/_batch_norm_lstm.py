@@ -15,6 +15,11 @@ from syncnorm.functional._sync_batch_norm import sync_batch_norm
 
 __all__ = ["BatchNorms", "agree_on_steps"]
 
+_UNEVEN = (
+    "BatchNormLSTM: a compiled training step needs sequences of the same length on all ranks, and they differ. Pad them, or "
+    "run without torch.compile."
+)
+
 
 @dataclass
 class BatchNorms:
@@ -33,7 +38,7 @@ class BatchNorms:
         running_mean: ``[T_max, 9H]``: of W_h h, of W_x x, of the cell; moved in place when training, as are the next two.
         running_var: Unbiased, ``[T_max, 9H]``.
         num_batches_tracked: int64 ``[T_max]``.
-        totals: Samples at each step over all ranks of the group.
+        alone: Of each step, whether one sample of the whole group has reached it.
         training: Normalise by the batch.
         track: Whether a batch moves the running statistics.
         momentum: Weight of the new batch; None for the cumulative average.
@@ -52,7 +57,7 @@ class BatchNorms:
     running_mean: Tensor
     running_var: Tensor
     num_batches_tracked: Tensor
-    totals: Sequence[int]
+    alone: Sequence[bool]
     training: bool
     track: bool
     momentum: float | None
@@ -86,7 +91,7 @@ class BatchNorms:
         self, x: Tensor, step: int, weight: Tensor, bias: Tensor | None, counter: Tensor | None, start: int
     ) -> Tensor:
         last = len(self.running_mean) - 1
-        training = self.training and (step == 0 or self.totals[step] != 1)
+        training = self.training and (step == 0 or not self.alone[step])
         tracked = not training or (self.track and step <= last)
         statistics = [b[min(step, last), start : start + x.size(1)] for b in (self.running_mean, self.running_var)]
         mean, var = statistics if tracked else (None, None)
@@ -106,21 +111,28 @@ class BatchNorms:
         )
 
 
-def agree_on_steps(batch_sizes: Sequence[int], group: Group, device: torch.device) -> tuple[list[int], list[int]]:
+def agree_on_steps(batch_sizes: Sequence[int], group: Group, device: torch.device) -> tuple[list[int], list[bool]]:
     """Bring the ranks of ``group`` to the same number of steps.
+
+    A traced call cannot read what ranks answer, and its graph has as many steps as this rank: there the ranks must bring
+    equally many, and all samples of a rank the same, which the graph asserts when it runs.
 
     Args:
         batch_sizes: Samples at each step of this rank.
-        group: The ranks that meet: twice, and each reads the answer.
+        group: The ranks that meet: twice, and each reads the answer; once where the call is traced.
         device: To meet on.
 
     Returns:
-        ``batch_sizes`` with zeros for the steps that only others have, and the sum over ranks of all of these.
+        ``batch_sizes`` with zeros for the steps that only others have, and of each step whether a single sample of the
+        whole group has reached it.
     """
     mine = list(batch_sizes)
     if group.size == 1:
-        return mine, mine
+        return mine, [size == 1 for size in mine]
     lengths = gather_rows(torch.tensor([float(len(mine))], dtype=torch.float64, device=device), group)
+    if torch.compiler.is_compiling():
+        torch._assert_async(lengths.eq(float(len(mine))).all(), _UNEVEN)
+        return mine, [False] * len(mine)
     mine += [0] * (int(lengths.max()) - len(mine))
     totals = exchange_sums(torch.tensor(mine, dtype=torch.float64, device=device), group)
-    return mine, [int(total) for total in totals.tolist()]
+    return mine, [total == 1 for total in totals.tolist()]

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from syncnorm.core.layout import count_per_channel, flatten, flatten_like, unflatten
-from syncnorm.core.moments import Moments, empty_moments
+from syncnorm.core.moments import Moments
 from syncnorm.core.renorm import correct_affine, renorm_correction
 from syncnorm.core.running import RunningStatistics, update_running
 from syncnorm.distributed.exchange import exchange_moments
@@ -20,7 +20,7 @@ from syncnorm.errors import SyncNormError
 from syncnorm.functional._batch_backward import Backward, batch_backward
 from syncnorm.functional._checkpoint import is_recomputing, recall, remember, unseen_by_selective_checkpointing
 from syncnorm.functional._one_value import ONE_VALUE, refuse_one_value
-from syncnorm.functional._walk import Walk, apply_function, empty_after
+from syncnorm.functional._walk import Walk, apply_function, empty_after, moments_of_none
 from syncnorm.kernels import choose
 
 __all__ = ["batch_normalize", "batch_normalize_and_moments"]
@@ -81,7 +81,7 @@ class _Normalize(Function):
         with unseen_by_selective_checkpointing():
             moments, correction = walk.known or (recall(walk.site) if recomputing else None) or (None, ())
             if moments is None:
-                local = choose(walk.backend, x).batch_moments(flat) if x.numel() else empty_moments(x.size(1), x.device)
+                local = choose(walk.backend, x).batch_moments(flat) if x.numel() else moments_of_none(x)
                 moments = exchange_moments(local, walk.group, needs_backward=walk.needs_backward)
                 refuse_one_value(moments.count, count_per_channel(x), x.shape)
             rstd = moments.var.add_(walk.eps).rsqrt_()

@@ -13,13 +13,14 @@ from torch import Tensor
 from torch.autograd import Function
 
 from syncnorm.core.layout import accumulate_dtype, count_per_channel, flatten
-from syncnorm.core.moments import Moments, at_least_one, empty_moments
+from syncnorm.core.moments import Moments, at_least_one
 from syncnorm.core.running import RunningStatistics, update_running
 from syncnorm.distributed.exchange import exchange_moments, exchange_sums
 from syncnorm.distributed.groups import LOCAL, Group
 from syncnorm.functional._checkpoint import is_recomputing, recall, remember, unseen_by_selective_checkpointing
 from syncnorm.functional._one_value import ONE_VALUE, refuse_one_value
 from syncnorm.functional._sync_batch_norm import needs_grad
+from syncnorm.functional._walk import moments_of_none
 from syncnorm.kernels import choose
 
 __all__ = ["SampleAndBatch", "beside", "instance_moments", "sample_and_batch_moments", "sync_moments"]
@@ -228,7 +229,7 @@ def _sum_over_ranks(row: Tensor, group: Group) -> Tensor:
 
 def _local_moments(x: Tensor, within: Tensor | None, weights: Tensor | None, call: _Call) -> Moments:
     if not x.numel() or not call.size:
-        return empty_moments(x.size(1), x.device)
+        return moments_of_none(x)
     if weights is not None:
         return _weighted_moments(x, weights)
     count, mean, m2 = choose("auto", x).batch_moments(flatten(x))

@@ -11,7 +11,7 @@ from syncnorm.core.moments import Moments
 from syncnorm.core.renorm import RenormLimits
 from syncnorm.distributed.groups import Group
 
-__all__ = ["Walk", "apply_function", "empty_after"]
+__all__ = ["Walk", "apply_function", "empty_after", "moments_of_none"]
 
 
 class Walk(NamedTuple):
@@ -53,3 +53,11 @@ def empty_after(vector: Tensor, x: Tensor) -> Tensor:
     # torch.compile drops an exchange that no result depends on, and puts one that does not depend on the gradient into
     # the forward graph; either way the other ranks would wait for this one.
     return x * vector.to(x.dtype).view(x.size(1), *[1] * (x.dim() - 2))
+
+
+def moments_of_none(x: Tensor) -> Moments:
+    """Moments of no samples, as a shard ``x`` [N, C, *] without values brings them to an exchange, formed from ``x``."""
+    # Where a graph has two exchanges of the same constants, torch.compile makes them one, and the other ranks would wait
+    # for the second.
+    zeros = x[:0].sum([d for d in range(x.dim()) if d != 1], dtype=torch.float64)
+    return Moments(0.0, zeros, torch.zeros_like(zeros))

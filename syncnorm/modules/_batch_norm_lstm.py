@@ -33,7 +33,8 @@ class BatchNormLSTM(OverRanks, NormLSTM):
     than the others, a batch has no variance, and those steps use the running statistics in training, too.
 
     Over ranks, training meets twice to agree on the number of steps (which may differ between ranks, as may the number of
-    sequences, 0 included), then twice per step, layer and direction, and as often in the backward; evaluation never.
+    sequences, 0 included), then twice per step, layer and direction, and as often in the backward; evaluation never. A
+    graph of torch.compile has a fixed number of steps: there the sequences of all ranks must be equally long, not packed.
 
     The first step's W_h h has no variance where the initial state is zero, so its gradient is scaled by 1/√eps. The paper
     adds a little noise to h_0; pass it as ``hx``. A state carried over from the chunk before is another first step than a
@@ -137,11 +138,11 @@ class BatchNormLSTM(OverRanks, NormLSTM):
     def _norms(self, rows: Tensor, sizes: list[int]) -> tuple[list[int], list[BatchNorms]]:
         group = self._group() if self.training else LOCAL
         self._met = True
-        walked, totals = agree_on_steps(sizes, group, rows.device)
-        if len(totals) > self.max_length and not self._said_too_long and not torch.compiler.is_compiling():
+        walked, alone = agree_on_steps(sizes, group, rows.device)
+        if len(walked) > self.max_length and not self._said_too_long and not torch.compiler.is_compiling():
             self._said_too_long = True
             warnings.warn(
-                f"{self._name()} got {len(totals)} steps and has statistics for max_length={self.max_length}. Later steps "
+                f"{self._name()} got {len(walked)} steps and has statistics for max_length={self.max_length}. Later steps "
                 f"evaluate with those of step {self.max_length - 1}, and in training use their own batch's. (Said once.)",
                 stacklevel=4,
             )
@@ -154,7 +155,7 @@ class BatchNormLSTM(OverRanks, NormLSTM):
                 self.get_buffer(f"running_mean{name}"),
                 self.get_buffer(f"running_var{name}"),
                 self.get_buffer(f"num_batches_tracked{name}"),
-                totals,
+                alone,
                 self.training,
                 self._tracks,
                 self.momentum,
