@@ -1,19 +1,29 @@
-"""Group norm: torch's kernel, with a centre taken off first where that kernel would subtract two large numbers."""
+"""Group norm, with an activation if one follows."""
 
 # N batch, C channels, G groups
 
-import torch
 from torch import Tensor
 
+from syncnorm.core.activation import Activation, find_activation
 from syncnorm.functional._inputs import accumulate_dtype, check_channels, over_dim, same_dtype, with_layout_of
+from syncnorm.functional._rows import group_norm_of
+from syncnorm.kernels.rows import choose_rows
 
 __all__ = ["check_groups", "group_norm"]
 
 
 def group_norm(
-    input: Tensor, num_groups: int, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5
+    input: Tensor,
+    num_groups: int,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    *,
+    activation: str | None = None,
+    negative_slope: float = 0.01,
+    backend: str = "auto",
 ) -> Tensor:
-    """Normalise each sample over groups of adjacent channels and over space: ``y = (x - μ) / sqrt(σ² + eps) · γ + β``.
+    """Normalise each sample over groups of adjacent channels and over space: ``y = act((x - μ) / sqrt(σ² + eps) · γ + β)``.
 
     A group with a single value (1×1 maps with one channel per group) has no spread: its output is β, and its gradient
     to the input is 0. torch returns rounding noise there, or raises.
@@ -24,12 +34,16 @@ def group_norm(
         weight: γ, ``[C]`` or None.
         bias: β, ``[C]`` or None.
         eps: Added to the (biased) variance.
+        activation: Applied last: ``"relu"``, ``"leaky_relu"``, ``"silu"``, ``"gelu"`` (the exact form), or None. What it
+            was applied to is not kept for the backward but computed again from ``input``.
+        negative_slope: Of ``"leaky_relu"``.
+        backend: ``"auto"``, or a kernel backend by name, which then runs or says why not.
 
     Returns:
         Tensor like ``input``, in its dtype and layout. Statistics are at least float32.
 
     Raises:
-        ValueError: If C does not fit ``weight``, or G does not divide C.
+        ValueError: If C does not fit ``weight``, G does not divide C, or the activation is unknown.
         TypeError: If the input is not floating point.
 
     Reference: Wu & He (2018), equations 1, 2 and 7.
@@ -37,18 +51,22 @@ def group_norm(
     vector = weight if weight is not None else bias
     check_channels("group_norm", input, None if vector is None else vector.numel())
     check_groups("group_norm", input.size(1), num_groups)
-    dtype = accumulate_dtype(input.dtype)
-    x = input
-    if not same_dtype(input, weight, bias):
-        x = input.to(dtype)
-        weight, bias = (None if t is None else t.to(dtype) for t in (weight, bias))
+    act = find_activation(activation, negative_slope)
     if input.shape[1:].numel() == num_groups:
-        y = x * 0  # not zeros: what is not finite shows
-        y = y if weight is None else y * over_dim(weight, x, 1)
-        y = y if bias is None else y + over_dim(bias, x, 1)
-    else:
-        y = torch.group_norm(_recentre(x, num_groups), num_groups, weight, bias, eps)
-    return with_layout_of(input, y.to(input.dtype))
+        choose_rows(backend, input)
+        return with_layout_of(input, _single_values(input, weight, bias, act))
+    y = group_norm_of(input, num_groups, weight, bias, eps, backend=backend, activation=act)
+    return with_layout_of(input, y)
+
+
+def _single_values(x: Tensor, weight: Tensor | None, bias: Tensor | None, activation: Activation | None) -> Tensor:
+    dtype = x.dtype
+    if not same_dtype(x, weight, bias):
+        x = x.to(accumulate_dtype(dtype))
+    y = x * 0  # not zeros: what is not finite shows
+    y = y if weight is None else y * over_dim(weight.to(x.dtype), x, 1)
+    y = y if bias is None else y + over_dim(bias.to(x.dtype), x, 1)
+    return (y if activation is None else activation(y)).to(dtype)
 
 
 def check_groups(name: str, num_channels: int, num_groups: int) -> None:
@@ -59,22 +77,3 @@ def check_groups(name: str, num_channels: int, num_groups: int) -> None:
             f"{name}: num_groups must divide the number of channels, got num_groups={num_groups} for {num_channels} "
             f"channels. Use one of {divisors}."
         )
-
-
-def _recentre(x: Tensor, num_groups: int) -> Tensor:
-    """Take a number near its mean off each group; the result of the norm, and every derivative, stays the same.
-
-    ATen's CPU kernel for channels_last forms E[x²] − E[x]² in the input's precision: in float32 at mean/std = 1e3 its
-    output is off by 1.6 (torch 2.13). The mean of one row will do as the number: what is lost is then at most the
-    precision times the number of rows.
-    """
-    if x.device.type != "cpu" or x.dim() not in (4, 5) or not x.numel():
-        return x
-    channels_last = torch.channels_last if x.dim() == 4 else torch.channels_last_3d
-    if x.is_contiguous() and not x.is_contiguous(memory_format=channels_last):
-        return x
-    row = x.detach().select(2, x.size(2) // 2).flatten(2)
-    group_mean = row.mean(2, dtype=accumulate_dtype(x.dtype)).unflatten(1, (num_groups, -1)).mean(2, keepdim=True)
-    centre = group_mean.expand(-1, -1, x.size(1) // num_groups).flatten(1).to(x.dtype)
-    recentred: Tensor = x - centre.reshape(*centre.shape, *[1] * (x.dim() - 2))
-    return recentred

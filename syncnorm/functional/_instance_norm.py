@@ -21,6 +21,8 @@ def instance_norm(
     use_input_stats: bool = True,
     momentum: float = 0.1,
     eps: float = 1e-5,
+    *,
+    backend: str = "auto",
 ) -> Tensor:
     """Normalise each channel of each sample over space: ``y = (x - μ) / sqrt(σ² + eps) · γ + β``.
 
@@ -36,6 +38,8 @@ def instance_norm(
         use_input_stats: False to normalise by the running statistics and leave them alone.
         momentum: Weight of the new batch in the running statistics.
         eps: Added to the (biased) variance.
+        backend: ``"auto"``, or a kernel backend by name, which then runs or says why not; the running statistics are
+            used by torch's own batch norm.
 
     Returns:
         Tensor like ``input``, in its dtype and layout. Statistics are at least float32.
@@ -60,7 +64,7 @@ def instance_norm(
         return _by_running(input, running_mean, running_var, weight, bias, eps)
     if running_mean is not None and running_var is not None and input.numel():
         _update(input, running_mean, running_var, momentum)
-    return group_norm(input, input.size(1), weight, bias, eps)
+    return group_norm(input, input.size(1), weight, bias, eps, backend=backend)
 
 
 def _by_running(

@@ -3,13 +3,43 @@
 # D normalised features
 
 from collections.abc import Sequence
+from typing import overload
 
-import torch
 from torch import Tensor
 
-from syncnorm.functional._inputs import accumulate_dtype, check_floating, same_dtype, with_layout_of
+from syncnorm.functional._fused import check_residual
+from syncnorm.functional._inputs import check_floating, with_layout_of
+from syncnorm.functional._rows import row_norm
 
-__all__ = ["check_normalized", "layer_norm", "normalized_shape"]
+__all__ = ["check_normalized", "layer_norm", "normalize_rows", "normalized_shape"]
+
+
+@overload
+def layer_norm(
+    input: Tensor,
+    dim: int | Sequence[int],
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    *,
+    channel_dim: int = -1,
+    residual: None = None,
+    backend: str = "auto",
+) -> Tensor: ...
+
+
+@overload
+def layer_norm(
+    input: Tensor,
+    dim: int | Sequence[int],
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    *,
+    channel_dim: int = -1,
+    residual: Tensor,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor]: ...
 
 
 def layer_norm(
@@ -20,7 +50,9 @@ def layer_norm(
     eps: float = 1e-5,
     *,
     channel_dim: int = -1,
-) -> Tensor:
+    residual: Tensor | None = None,
+    backend: str = "auto",
+) -> Tensor | tuple[Tensor, Tensor]:
     """Normalise over the features of each sample or position: ``y = (x - μ) / sqrt(σ² + eps) · γ + β``.
 
     With ``channel_dim=1`` on ``[N, C, H, W]`` each position is normalised over its channels (positional norm, the
@@ -33,24 +65,51 @@ def layer_norm(
         bias: β, of shape ``dim``, or None.
         eps: Added to the (biased) variance.
         channel_dim: Where D is, if not last. Only with a single D.
+        residual: Added to ``input`` first, in its dtype: of its shape, dtype and device.
+        backend: ``"auto"``, or a kernel backend by name, which then runs or says why not.
 
     Returns:
-        Tensor like ``input``, in its dtype and layout. Statistics are at least float32. A single feature gives β.
+        Tensor like ``input``, in its dtype and layout; with a residual a pair, the norm of the sum and the sum, which
+        goes on past the layer. Statistics are at least float32. A single feature gives β.
 
     Raises:
-        ValueError: If the input has other sizes than ``dim`` there.
+        ValueError: If the input has other sizes than ``dim`` there, or the residual is not like the input.
         TypeError: If the input is not floating point.
 
     Reference: Ba, Kiros & Hinton (2016), equation 3.
     """
-    shape = check_normalized("layer_norm", input, dim, channel_dim)
-    moved = channel_dim % input.dim() != input.dim() - 1 and len(shape) == 1
-    x = input.movedim(channel_dim, -1) if moved else input
-    if not same_dtype(input, weight, bias):
-        x = x.to(accumulate_dtype(input.dtype))
-        weight, bias = (None if t is None else t.to(x.dtype) for t in (weight, bias))
-    y = torch.layer_norm(x, shape, weight, bias, eps).to(input.dtype)
-    return with_layout_of(input, y.movedim(-1, channel_dim)) if moved else y
+    shape = check_normalized("layer_norm", input, dim, channel_dim, residual)
+    return normalize_rows(input, shape, channel_dim, weight, bias, eps, centre=True, residual=residual, backend=backend)
+
+
+def normalize_rows(
+    input: Tensor,
+    shape: tuple[int, ...],
+    channel_dim: int,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    *,
+    centre: bool,
+    residual: Tensor | None,
+    backend: str,
+    part: int | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Bring the features of checked arguments into the last dim, normalise, and bring the results back."""
+    moved = len(shape) == 1 and channel_dim % input.dim() != input.dim() - 1
+    x, second = input, residual
+    if moved:
+        x, second = x.movedim(channel_dim, -1), None if second is None else second.movedim(channel_dim, -1)
+    elif len(shape) > 1:
+        x, second = x.flatten(-len(shape)), None if second is None else second.flatten(-len(shape))
+        weight, bias = (None if t is None else t.flatten() for t in (weight, bias))
+    y, h = row_norm(x, weight, bias, eps, centre=centre, residual=second, part=part, backend=backend)
+    if moved:
+        y = with_layout_of(input, y.movedim(-1, channel_dim))
+        h = h if residual is None else with_layout_of(input, h.movedim(-1, channel_dim))
+    elif len(shape) > 1:
+        y, h = y.view(input.shape), h.view(input.shape)
+    return y if residual is None else (y, h)
 
 
 def normalized_shape(dim: int | Sequence[int]) -> tuple[int, ...]:
@@ -58,8 +117,10 @@ def normalized_shape(dim: int | Sequence[int]) -> tuple[int, ...]:
     return (int(dim),) if isinstance(dim, int) else tuple(dim)
 
 
-def check_normalized(name: str, input: Tensor, dim: int | Sequence[int], channel_dim: int) -> tuple[int, ...]:
-    """The shape that is normalised together; raise unless ``input`` is floating point and has it."""
+def check_normalized(
+    name: str, input: Tensor, dim: int | Sequence[int], channel_dim: int, residual: Tensor | None = None
+) -> tuple[int, ...]:
+    """The shape that is normalised together; raise unless ``input`` is floating point and has it, and the residual fits."""
     shape = normalized_shape(dim)
     if channel_dim != -1 and len(shape) != 1:
         raise ValueError(f"{name}: channel_dim={channel_dim} goes with one number of features, got dim={list(shape)}.")
@@ -76,4 +137,5 @@ def check_normalized(name: str, input: Tensor, dim: int | Sequence[int], channel
             hint = " The features seem to be last: leave out channel_dim."
         sizes = shape[0] if len(shape) == 1 else list(shape)
         raise ValueError(f"{name}: expected {sizes} features {where}, got an input {list(input.shape)}.{hint}")
+    check_residual(input, residual)
     return shape

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from syncnorm.core.activation import Activation
 from syncnorm.core.moments import Moments
-from syncnorm.errors import SyncNormError
 from syncnorm.kernels import aten, native, reference
+from syncnorm.kernels._choice import pick
 
 __all__ = ["BACKENDS", "Backend", "choose", "objections"]
 
@@ -98,14 +98,7 @@ def choose(name: str, x: Tensor) -> Backend:
         ValueError: For an unknown name.
         SyncNormError: If a backend asked for by name objects.
     """
-    if name == "auto":
-        return next(backend for backend in BACKENDS.values() if backend.objection(x) is None)
-    if name not in BACKENDS:
-        raise ValueError(f"backend must be one of {['auto', *BACKENDS]}, got {name!r}.")
-    reason = BACKENDS[name].objection(x)
-    if reason is not None:
-        raise SyncNormError(f"backend={name!r} was asked for and cannot run: {reason} Use backend='auto'.")
-    return BACKENDS[name]
+    return pick(BACKENDS, name, x)
 
 
 def objections(x: Tensor) -> dict[str, str | None]:

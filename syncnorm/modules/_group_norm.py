@@ -4,7 +4,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from syncnorm.core.activation import find_activation
 from syncnorm.functional._group_norm import check_groups, group_norm
+from syncnorm.kernels.rows import check_row_backend
 
 __all__ = ["GroupNorm"]
 
@@ -23,12 +25,16 @@ class GroupNorm(nn.GroupNorm):
         device: Of the parameters.
         dtype: Of the parameters.
         bias: With ``affine``, whether to learn the bias too.
+        activation: Applied last: ``"relu"``, ``"leaky_relu"``, ``"silu"``, ``"gelu"`` (the exact form), or None. Nothing
+            is kept for it until the backward.
+        negative_slope: Of ``"leaky_relu"``.
+        backend: ``"auto"``, or a kernel backend by name, which then runs or says why not.
 
     Shape:
         Input ``[N, C, *]``; output the same.
 
     Raises:
-        ValueError: If G does not divide C.
+        ValueError: If G does not divide C, or the activation or the backend is unknown.
 
     Example:
         >>> GroupNorm(64)(torch.randn(2, 64, 7, 7)).shape
@@ -47,11 +53,17 @@ class GroupNorm(nn.GroupNorm):
         dtype: Any = None,
         *,
         bias: bool = True,
+        activation: str | None = None,
+        negative_slope: float = 0.01,
+        backend: str = "auto",
     ) -> None:
         check_groups("GroupNorm", num_channels, num_groups)
+        check_row_backend(backend)
+        find_activation(activation, negative_slope)
         super().__init__(num_groups, num_channels, eps, affine, device, dtype)
         if not bias:
             self.register_parameter("bias", None)
+        self.activation, self.negative_slope, self.backend = activation, negative_slope, backend
 
     def reset_parameters(self) -> None:
         for parameter, value in ((self.weight, 1.0), (self.bias, 0.0)):
@@ -59,8 +71,14 @@ class GroupNorm(nn.GroupNorm):
                 nn.init.constant_(parameter, value)
 
     def forward(self, input: Tensor) -> Tensor:
-        return group_norm(input, self.num_groups, self.weight, self.bias, self.eps)
+        return group_norm(
+            input, self.num_groups, self.weight, self.bias, self.eps,
+            activation=self.activation, negative_slope=self.negative_slope, backend=self.backend,
+        )  # fmt: skip
 
     def extra_repr(self) -> str:
-        bias = "" if self.bias is not None or not self.affine else ", bias=False"
-        return f"{self.num_channels}, num_groups={self.num_groups}, eps={self.eps}, affine={self.affine}{bias}"
+        text = f"{self.num_channels}, num_groups={self.num_groups}, eps={self.eps}, affine={self.affine}"
+        text += "" if self.bias is not None or not self.affine else ", bias=False"
+        text += "" if self.activation is None else f", activation={self.activation!r}"
+        text += f", negative_slope={self.negative_slope}" if self.activation == "leaky_relu" else ""
+        return text + ("" if self.backend == "auto" else f", backend={self.backend!r}")

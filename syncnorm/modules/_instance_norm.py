@@ -6,6 +6,7 @@ from torch import Tensor, nn
 from torch.nn.modules.instancenorm import _InstanceNorm
 
 from syncnorm.functional._instance_norm import instance_norm
+from syncnorm.kernels.rows import check_row_backend
 
 __all__ = ["InstanceNorm1d", "InstanceNorm2d", "InstanceNorm3d"]
 
@@ -22,6 +23,7 @@ _ARGUMENTS = """ see :func:`syncnorm.functional.instance_norm`.
         track_running_stats: Keep the mean over samples of their statistics, and normalise by it in evaluation.
         device: Of parameters and buffers.
         dtype: Of parameters and buffers.
+        backend: ``"auto"``, or a kernel backend by name, which then runs or says why not.
 
     Shape:
         Input ``{shape}`` or, a single sample, ``{single}``; output the same.
@@ -40,13 +42,17 @@ class _Instance(_InstanceNorm):
         track_running_stats: bool = False,
         device: Any = None,
         dtype: Any = None,
+        *,
+        backend: str = "auto",
     ) -> None:
+        check_row_backend(backend)
         if track_running_stats and not isinstance(momentum, float | int):
             raise ValueError(
                 f"{type(self).__name__}: momentum must be a number to track running statistics, got {momentum!r}. Use "
                 "for example momentum=0.1."
             )
         super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype)
+        self.backend = backend
 
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], *rest: Any
@@ -79,6 +85,7 @@ class _Instance(_InstanceNorm):
             use_input_stats=self.training or not self.track_running_stats,
             momentum=self.momentum or 0.0,
             eps=self.eps,
+            backend=self.backend,
         )
         return y.squeeze(0) if input.dim() == dims else y
 
