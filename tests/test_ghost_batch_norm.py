@@ -114,6 +114,24 @@ def test_ranks_are_joined_where_a_ghost_is_larger_than_a_batch(make: Any) -> Non
         assert max(per_rank.values()) <= 1e-12, per_rank
 
 
+def _groups_of_two() -> dict[str, float]:
+    part = my_slice([3, 3, 3, 3])
+    ghosts = GhostBatchNorm2d(3, 6, dtype=torch.float64, process_group=1)  # this process alone, with everything
+    randomise_affine(ghosts)
+    groups = SyncBatchNorm2d(3, process_group=2, dtype=torch.float64)
+    groups.load_state_dict(ghosts.state_dict())
+    x, loss_weight = whole_batch((12, 3, 4, 5))
+    exact = results(ghosts, x, loss_weight)
+    mine = errors(results(groups, x[part], loss_weight[part]), exact, part)
+    return {name: error for name, error in mine.items() if not name.startswith("running_")}
+
+
+@pytest.mark.gloo
+def test_batch_norm_over_groups_of_ranks_is_ghost_batch_norm_of_everything() -> None:
+    for per_rank in run_ranks(_groups_of_two, 4):
+        assert max(per_rank.values()) <= 1e-12, per_rank
+
+
 def _misfits() -> list[str]:
     out = []
     for size, batch in ((5, 2), (6, 2), (4, 2 + dist.get_rank())):
@@ -166,6 +184,8 @@ def test_the_knob_refuses_what_it_cannot_mean() -> None:
 
     with pytest.raises(ValueError, match="virtual_batch_size=4 and accumulate=2 exclude each other"):
         SyncBatchNorm2d(3, virtual_batch_size=4, accumulate=2)
+    with pytest.raises(ValueError, match="virtual_batch_size=4 and memory_efficient=True exclude each other"):
+        SyncBatchNorm2d(3, virtual_batch_size=4, memory_efficient=True)
     with pytest.raises(ValueError, match="virtual_batch_size is a number of samples, at least 1; got 0"):
         SyncBatchNorm2d(3, virtual_batch_size=0)
     with pytest.raises(TypeError, match=r"not a Own\. Subclass .*'GhostBatchNorm2d'"):

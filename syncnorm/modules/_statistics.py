@@ -336,6 +336,11 @@ class SyncStatistics(_BatchNorm):
                 f"virtual_batch_size={virtual_batch_size} and accumulate={self.accumulate} exclude each other: the running "
                 "statistics of ghosts are averages over ghosts, not those of a pooled batch. Choose one."
             )
+        if self.memory_efficient:
+            raise ValueError(
+                f"virtual_batch_size={virtual_batch_size} and memory_efficient=True exclude each other: ghosts keep their "
+                "input for the backward. Choose one."
+            )
         self.__class__ = ghosts
         self._arrive(virtual_batch_size)
 
