@@ -9,6 +9,7 @@ from torch import nn
 
 import syncnorm
 from syncnorm.conversion import To
+from syncnorm.conversion._targets import TARGET_OPTIONS, TARGETS
 from syncnorm.kernels import BACKENDS
 
 
@@ -62,6 +63,10 @@ def test_patterns_mean_the_same_layers_the_second_time(again: Any) -> None:
     assert plan.counts == {"swap": 0, "replace": 0, "keep": 3, "skip": 0}
 
 
+def test_the_targets_are_those_of_the_type() -> None:
+    assert tuple(TARGETS) == get_args(To)
+
+
 BAD: list[tuple[dict[str, Any], type[Exception], str]] = [
     (
         {"to": "groupnorm"},
@@ -71,7 +76,7 @@ BAD: list[tuple[dict[str, Any], type[Exception], str]] = [
     (
         {"to": "group_norm", "groups": 4},
         TypeError,
-        "to='group_norm' takes the options ['num_groups', 'affine'], got groups=4. Did you mean 'num_groups'?",
+        f"to='group_norm' takes the options {list(TARGET_OPTIONS['group_norm'])}, got groups=4. Did you mean 'num_groups'?",
     ),
     (
         {"to": "sync_batch_norm", "num_groups": 4},

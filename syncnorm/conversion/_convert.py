@@ -4,8 +4,10 @@ import warnings
 from typing import Any, cast
 
 from torch import nn
+from torch.nn.modules.conv import _ConvNd
 
 from syncnorm.conversion._adapters import target_in_family
+from syncnorm.conversion._filters import swap_filters
 from syncnorm.conversion._layers import display
 from syncnorm.conversion._plan import Plan, plan, shorten, skipped_text
 from syncnorm.conversion._replace import blueprint, build_replacement, default_of, like_tensor, put
@@ -58,8 +60,10 @@ def convert(
             ``backend`` and ``accumulate`` for ``"sync_batch_norm"``, ``r_max`` and ``d_max`` for ``"batch_renorm"``,
             ``virtual_batch_size``, which ``"ghost_batch_norm"`` needs, ``alpha`` for ``"dynamic_tanh"``, ``tlu=False`` for
             ``"filter_response_norm"``. ``num_groups=32`` for ``"group_norm"`` and ``"evo_norm_s0"``: where it does not
-            divide the channels, the greatest common divisor is taken and said. ``affine=None``, where the new layer leaves
-            the choice: a weight and bias where the layer has them; True adds, False drops them.
+            divide the channels, the greatest common divisor is taken and said. ``weight_standardization=True`` for
+            ``"group_norm"``: every ``nn.Conv1d/2d/3d`` that the globs of ``include`` and ``exclude`` select becomes a
+            :class:`syncnorm.modules.WeightStandardizedConv2d`, with the same parameters and keys. ``affine=None``, where the
+            new layer leaves the choice: a weight and bias where the layer has them; True adds, False drops them.
 
     Returns:
         ``model``. Only where the model is itself a batch norm and converted to a norm without a batch, the new
@@ -80,17 +84,19 @@ def convert(
     root = model
     like = {id(entry._layer.module): like_tensor(entry._layer, model) for entry in made.entries}
     for entry in made.entries:
-        if entry.action == "swap":
-            module = entry._layer.module
+        module = entry._layer.module
+        if entry.action == "swap" and isinstance(module, _ConvNd):
+            swap_filters(module, made.options)
+        elif entry.action == "swap":
             stays = isinstance(module, SyncStatistics) and module.family == to
             own = type(module) if stays else target_in_family(type(module), to)
             cast(type[SyncStatistics], own).adopt(module, **made.options)
         elif entry.action == "replace":
-            replacement = blueprint(entry._layer.module, to, made.options)
+            replacement = blueprint(module, to, made.options)
             assert replacement is not None
-            new = build_replacement(entry._layer.module, replacement, like[id(entry._layer.module)])
+            new = build_replacement(module, replacement, like[id(module)])
             put(entry._layer.places, new)
-            root = new if entry._layer.module is model else root
+            root = new if module is model else root
     return root
 
 

@@ -4,7 +4,7 @@
 to take the place in each of them.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -87,11 +87,11 @@ class Layer:
         return self.module if origin is None else origin.module
 
 
-def find_layers(model: nn.Module) -> list[Layer]:
-    """Layers of ``model`` that keep batch statistics or took the place of one, in order of their first name."""
+def find_layers(model: nn.Module, wanted: Callable[[nn.Module], bool] | None = None) -> list[Layer]:
+    """Layers of ``model`` in order of their first name: those ``wanted``, by default batch norms and what took their place."""
     layers: dict[int, Layer] = {}
     for place in walk(model):
-        if not (keeps_batch_statistics(place.module) or origin_of(place.module)):
+        if not (_is_or_was_batch_norm if wanted is None else wanted)(place.module):
             continue
         layer = layers.setdefault(id(place.module), Layer(place.module, metric=place.metric))
         layer.names.append(place.name)
@@ -137,6 +137,10 @@ def keeps_batch_statistics(module: nn.Module) -> bool:
         return "BatchNorm" in str(getattr(module, "original_name", ""))
     own = module._buffers
     return "running_mean" in own and "running_var" in own and "Frozen" not in type(module).__name__
+
+
+def _is_or_was_batch_norm(module: nn.Module) -> bool:
+    return keeps_batch_statistics(module) or origin_of(module) is not None
 
 
 def origin_of(module: nn.Module) -> Origin | None:

@@ -6,11 +6,12 @@ from typing import Any
 
 from torch import nn
 
+from syncnorm.conversion._filters import convolutions, judge_convolution
 from syncnorm.conversion._layers import SHARDED, Layer, class_names, display, find_layers, walk
 from syncnorm.conversion._replace import STATISTICS
-from syncnorm.conversion._select import Patterns, select
+from syncnorm.conversion._select import Patterns, has_globs, select
 from syncnorm.conversion._table import table
-from syncnorm.conversion._targets import check_options
+from syncnorm.conversion._targets import FILTERS, check_options
 from syncnorm.conversion._verdict import Verdict, judge
 from syncnorm.errors import SyncNormError
 
@@ -52,7 +53,7 @@ class Plan:
     Attributes:
         to: The target.
         options: Options of the target that were given.
-        entries: One per layer that uses batch statistics, in the model's order.
+        entries: One per layer that uses batch statistics, in the model's order; then one per convolution, where those change.
     """
 
     to: str
@@ -121,29 +122,24 @@ def plan(
     if not isinstance(model, nn.Module):
         raise TypeError(f"convert and plan take an nn.Module, got {type(model).__name__}.")
     check_options(to, given)
-    layers = find_layers(model)
-    included, excluded = (select(model, layers, *p) for p in (("include", include), ("exclude", exclude)))
+    layers, others = find_layers(model), convolutions(model, given)
+    included = select(model, layers, "include", include, others)
+    excluded = select(model, layers, "exclude", exclude, others)
+    if others and has_globs(include) and not any(id(layer.module) in included for layer in others):
+        raise ValueError(
+            f"include={include!r} selects no convolution for {' and '.join(FILTERS)}: globs are for the names of convolutions, "
+            "too. Widen it ('backbone.*'), or leave it out."
+        )
     entries = []
-    for layer in layers:
+    for layer, norm in [*((layer, True) for layer in layers), *((layer, False) for layer in others)]:
         own = type(layer.module).__name__
         if id(layer.module) in excluded:
             verdict = Verdict("keep", own, f"excluded by {excluded[id(layer.module)]}")
-        elif include is not None and id(layer.module) not in included:
+        elif id(layer.module) not in included and (include is not None if norm else has_globs(include)):
             verdict = Verdict("keep", own, "not included")
         else:
-            verdict = judge(layer, to, given)
-        entries.append(
-            Entry(
-                layer.names[0],
-                tuple(layer.names[1:]),
-                own,
-                verdict.target,
-                verdict.action,
-                verdict.reason,
-                layer,
-                verdict,
-            )
-        )
+            verdict = judge(layer, to, given) if norm else judge_convolution(layer, given)
+        entries.append(_entry(layer, verdict))
     made = Plan(to, given, tuple(entries))
     _refuse_wrapped(model, made)
     skipped = [entry for entry in entries if entry.action == "skip"]
@@ -153,6 +149,12 @@ def plan(
             + skipped_text(skipped)
         )
     return made
+
+
+def _entry(layer: Layer, verdict: Verdict) -> Entry:
+    name, *aliases = layer.names
+    action, target, reason, *_ = verdict
+    return Entry(name, tuple(aliases), type(layer.module).__name__, target, action, reason, layer, verdict)
 
 
 def skipped_text(skipped: list[Entry]) -> str:

@@ -5,6 +5,7 @@ import weakref
 from torch import nn
 
 from syncnorm.conversion._adapters import LEFTOVERS
+from syncnorm.conversion._filters import plain_filters
 from syncnorm.conversion._layers import SHARDED, class_names, find_layers, origin_of, qualified_type
 from syncnorm.conversion._plan import shorten
 from syncnorm.conversion._replace import like_tensor, put, restore_origin
@@ -23,7 +24,7 @@ def revert(model: nn.Module, *, dim: int | None = None) -> nn.Module:
     """Undo :func:`syncnorm.convert`, in place: every layer gets its exact original class, or its place, back.
 
     What was learned since stays: parameters are the objects in use now, running statistics are where training brought
-    them (of a layer that was replaced: as they were, for group norm has none). Training flags, hooks and device are
+    them (of a layer whose replacement had none, as a group norm: as they were). Training flags, hooks and device are
     the current ones. ``nn.SyncBatchNorm`` that was not converted by us becomes plain batch norm.
 
     Args:
@@ -60,6 +61,7 @@ def revert(model: nn.Module, *, dim: int | None = None) -> nn.Module:
         root = old if layer.module is model else root
         _mark_given_back(old, dim)
     for module in list(root.modules()):
+        plain_filters(module)
         _revert_class(module, dim)
     return root
 

@@ -9,13 +9,15 @@ from torch import nn
 
 from syncnorm.conversion._layers import Layer, display, walk
 
-__all__ = ["Pattern", "Patterns", "describe", "select"]
+__all__ = ["Pattern", "Patterns", "describe", "has_globs", "select"]
 
 Pattern: TypeAlias = str | type[nn.Module] | Callable[[str, nn.Module], bool]
 Patterns: TypeAlias = Pattern | Sequence[Pattern] | None
 
 
-def select(model: nn.Module, layers: list[Layer], argument: str, patterns: Patterns) -> dict[int, str]:
+def select(
+    model: nn.Module, layers: list[Layer], argument: str, patterns: Patterns, others: Sequence[Layer] = ()
+) -> dict[int, str]:
     """Layers that ``patterns`` match.
 
     Args:
@@ -24,6 +26,7 @@ def select(model: nn.Module, layers: list[Layer], argument: str, patterns: Patte
         argument: Name of the argument, for messages.
         patterns: None, a pattern or a sequence of them: a glob for a qualified name (``*`` matches dots too), a module
             type (subclasses included), or a callable ``(name, module) -> bool``.
+        others: Layers that only a glob may mean.
 
     Returns:
         By ``id`` of the module, the pattern that matched it, in words.
@@ -34,12 +37,18 @@ def select(model: nn.Module, layers: list[Layer], argument: str, patterns: Patte
     """
     chosen: dict[int, str] = {}
     for pattern in _listed(argument, patterns):
-        matched = [layer for layer in layers if _matches(pattern, layer)]
-        if not matched and layers:
+        asked = [*layers, *others] if isinstance(pattern, str) else layers
+        matched = [layer for layer in asked if _matches(pattern, layer)]
+        if not matched and asked:
             raise ValueError(_no_match(model, layers, argument, pattern))
         for layer in matched:
             chosen.setdefault(id(layer.module), describe(pattern))
     return chosen
+
+
+def has_globs(patterns: Patterns) -> bool:
+    """Whether there is a glob among ``patterns``, which speaks of layers by name, whatever they are."""
+    return any(isinstance(pattern, str) for pattern in _listed("include", patterns))
 
 
 def describe(pattern: Pattern) -> str:

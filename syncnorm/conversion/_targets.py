@@ -15,7 +15,7 @@ from torch import nn
 from syncnorm import modules
 from syncnorm.modules import SyncStatistics
 
-__all__ = ["STATISTICS_FAMILIES", "TARGETS", "TARGET_OPTIONS", "Target", "To", "check_options"]
+__all__ = ["FILTERS", "STATISTICS_FAMILIES", "TARGETS", "TARGET_OPTIONS", "Target", "To", "check_options"]
 
 To = Literal[
     "sync_batch_norm",
@@ -38,6 +38,8 @@ _Layers: TypeAlias = type[nn.Module] | Mapping[type[nn.Module], type[nn.Module]]
 
 # What a batch norm brings to the constructor of the layer in its place, under either name of the affine switch.
 BROUGHT = ("eps", "momentum", "affine", "elementwise_affine", "track_running_stats", "bias", "device", "dtype")
+# What would change the network and not only its norms.
+_FUSED = ("activation", "negative_slope", "memory_efficient")
 
 
 @cache
@@ -55,6 +57,7 @@ class Target:
         defaults: Options that are given unless the user does.
         own: Arguments that a batch norm has too, but that are the method's: not carried over, and options.
         activates: The layer is an activation too, and the one behind it has to go. The user has to take it out.
+        filters: Names in :data:`FILTERS`, options of the conversion.
     """
 
     layers: _Layers
@@ -62,6 +65,7 @@ class Target:
     defaults: Mapping[str, Any] = field(default_factory=dict)
     own: tuple[str, ...] = ()
     activates: bool = False
+    filters: tuple[str, ...] = ()
 
     @property
     def example(self) -> type[nn.Module]:
@@ -92,9 +96,10 @@ class Target:
     @property
     def options(self) -> tuple[str, ...]:
         """Names of the options."""
-        brought = set(BROUGHT) - {*self.own}
-        taken = [name for name in self.parameters if name not in self.fixed and name not in brought]
-        return (*taken, *(("affine",) if {"affine", "elementwise_affine"} & set(self.parameters) else ()))
+        decided = {*BROUGHT, *_FUSED, *self.fixed} - {*self.own}
+        taken = [name for name in self.parameters if name not in decided]
+        affine = ("affine",) if {"affine", "elementwise_affine"} & set(self.parameters) else ()
+        return (*taken, *affine, *self.filters)
 
     @property
     def required(self) -> tuple[str, ...]:
@@ -102,15 +107,20 @@ class Target:
         return tuple(n for n in self.options if n in self.parameters and self.parameters[n].default is inspect._empty)
 
 
-def _by_dims(name: str) -> Mapping[type[nn.Module], type[nn.Module]]:
-    plain = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
-    return {source: getattr(modules, f"{name}{dims}d") for dims, source in enumerate(plain, 1)}
+def _by_dims(name: str, plain: str = "BatchNorm") -> Mapping[type[nn.Module], type[nn.Module]]:
+    return {getattr(nn, f"{plain}{dims}d"): getattr(modules, f"{name}{dims}d") for dims in (1, 2, 3)}
+
+
+FILTERS: dict[str, Mapping[type[nn.Module], type[nn.Module]]] = {
+    "weight_standardization": _by_dims("WeightStandardizedConv", "Conv"),
+}
+"""By option, the class that every convolution of the model is swapped to, besides its norms."""
 
 
 TARGETS: dict[str, Target] = {
     "sync_batch_norm": Target(_by_dims("SyncBatchNorm")),
     **{family: Target(layers) for family, layers in modules.FAMILIES.items()},
-    "group_norm": Target(modules.GroupNorm),
+    "group_norm": Target(modules.GroupNorm, filters=("weight_standardization",)),
     "layer_norm": Target(modules.GroupNorm, fixed={"num_groups": 1}),
     "instance_norm": Target(_by_dims("InstanceNorm"), fixed={"track_running_stats": False}),
     "rms_norm": Target(modules.RMSNorm, fixed={"channel_dim": 1}),
@@ -121,7 +131,6 @@ TARGETS: dict[str, Target] = {
     "switchable_norm": Target(_by_dims("SwitchableNorm")),
     "batch_instance_norm": Target(_by_dims("BatchInstanceNorm")),
 }
-assert tuple(TARGETS) == get_args(To)
 
 TARGET_OPTIONS: dict[str, tuple[str, ...]] = {to: target.options for to, target in TARGETS.items()}
 
@@ -149,6 +158,9 @@ def check_options(to: str, options: dict[str, Any]) -> None:
             raise TypeError(f"to={to!r} needs {name}=n; see syncnorm.modules.{target.example.__name__}.")
     if options.get("affine") not in (None, True, False):
         raise TypeError(f"affine must be True, False or None (as each layer has it), got {options['affine']!r}.")
+    for name in target.filters:
+        if not isinstance(options.get(name, False), bool):
+            raise TypeError(f"{name} must be True or False, got {options[name]!r}.")
     _check_values(target, {name: value for name, value in options.items() if name in target.parameters})
 
 

@@ -13,7 +13,7 @@ from syncnorm.distributed import group_spec
 from syncnorm.modules import BatchNorm, SyncBatchNorm, SyncBatchNorm1d, SyncBatchNorm2d, SyncBatchNorm3d, SyncStatistics
 from syncnorm.modules._mixed_statistics import MixedStatistics
 
-__all__ = ["Verdict", "judge"]
+__all__ = ["Verdict", "judge", "own_forward"]
 
 _PLAIN = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm, BatchNorm)
 _SYNCED = (SyncBatchNorm, SyncBatchNorm1d, SyncBatchNorm2d, SyncBatchNorm3d)
@@ -73,13 +73,19 @@ def _obstacle(layer: Layer) -> str | None:
         return "parametrized; torch.nn.utils.parametrize.remove_parametrizations, convert, and parametrize again"
     if type(module).__module__.startswith(("torch.ao.", "torch.nn.quantized", "torch.nn.intrinsic")):
         return "a quantised layer, which has no batch statistics to share; convert before quantisation"
-    if "forward" in module.__dict__:
-        return "forward was replaced on the object (by a hook of another library?); convert before that"
+    if own_forward(module):
+        return own_forward(module)
     if target_of(type(module)) is None and not isinstance(module, SyncStatistics):
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
             return f"{own_class} may do more than batch norm; syncnorm.register_adapter teaches it, or exclude it"
         return f"{own_class} keeps running statistics and is not a torch batch norm; rewrite it, or exclude it"
     return None
+
+
+def own_forward(module: nn.Module) -> str:
+    """Why a swap of the class would go unnoticed; empty if it would not."""
+    replaced = "forward" in module.__dict__
+    return "forward was replaced on the object (by a hook of another library?); convert before that" if replaced else ""
 
 
 def _swap(module: nn.Module, to: str, options: dict[str, Any]) -> Verdict:
