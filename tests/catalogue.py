@@ -31,6 +31,7 @@ class Method:
             chooses (batch norm of sequences, convolutions of 1 and 3 dims).
         follows_weights: Whether its buffers move with the weights, samples or not.
         variant: The code of another entry on another number of dims; compiled and exported there already.
+        constants: What its training takes for constant, so that the gradient is by design not the derivative.
         faults: Patterns of tests that fail, and why: expected to fail until this entry goes.
     """
 
@@ -45,6 +46,7 @@ class Method:
     keeps_layout: bool = True
     follows_weights: bool = False
     variant: bool = False
+    constants: str = ""
     faults: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -77,7 +79,7 @@ METHODS = [
         maps=False,
         variant=True,
     ),
-    Method("BatchRenorm2d", lambda: modules.BatchRenorm2d(6), IMAGE, train_is_eval=False),
+    Method("BatchRenorm2d", lambda: modules.BatchRenorm2d(6), IMAGE, train_is_eval=False, constants="r and d"),
     Method(
         "BatchRenorm3d",
         lambda: modules.BatchRenorm3d(6),
@@ -180,6 +182,7 @@ METHODS = [
         pickles=False,
         half_parameters=True,
         follows_weights=True,
+        constants="the vectors of the power iteration",
     ),
     Method(
         "spectral_norm (operator)",
@@ -189,6 +192,7 @@ METHODS = [
         pickles=False,
         half_parameters=True,
         follows_weights=True,
+        constants="the vectors of the power iteration",
     ),
     # features
     Method(
@@ -197,6 +201,7 @@ METHODS = [
         (3, 6),
         train_is_eval=False,
         maps=False,
+        constants="the moments of what it has seen",
     ),
     Method("Standardize", lambda: _fitted(modules.Standardize(6)), (3, 6), maps=False),
     Method("MinMaxScale", lambda: _fitted(modules.MinMaxScale(6)), (3, 6), maps=False),
@@ -211,12 +216,12 @@ ELSEWHERE = {
 }
 
 
-def inputs(method: Method, *, batch: int | None = None, one_by_one: bool = False) -> tuple[torch.Tensor, ...]:
-    """Random float64 inputs; with another number of samples, or with all of space shrunk to one value."""
+def inputs(method: Method, *, batch: int | None = None, space: int | None = None) -> tuple[torch.Tensor, ...]:
+    """Random float64 inputs; with another number of samples, or with maps shrunk to 1 or 2 values."""
     torch.manual_seed(11)
     shapes = [method.shape, *method.more]
-    if one_by_one:
-        shapes[0] = (*method.shape[:2], *[1] * (len(method.shape) - 2))
+    if space is not None and method.maps:
+        shapes[0] = (*method.shape[:2], space, *[1] * (len(method.shape) - 3))
     shapes = [shape if batch is None else (batch, *shape[1:]) for shape in shapes]
     return tuple(torch.randn(shape, dtype=torch.float64) * 1.5 + 0.3 for shape in shapes)
 
