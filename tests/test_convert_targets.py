@@ -133,9 +133,11 @@ def test_statistics_go_on_and_stay(to: str) -> None:
 def test_half_precision_keeps_statistics_wide_and_gives_them_back(to: str) -> None:
     layer = batch_norm().to(torch.bfloat16)
     model = syncnorm.convert(nn.Sequential(layer), to)
-    assert model[0].running_var.dtype == torch.float32  # type: ignore[union-attr, index]
     assert model(sample().to(torch.bfloat16)).dtype == torch.bfloat16
-    assert syncnorm.revert(model)[0].running_var.dtype == torch.bfloat16  # type: ignore[union-attr, index]
+    learned = model[0].running_var  # type: ignore[union-attr, index]
+    assert learned.dtype == torch.float32
+    assert syncnorm.revert(model)[0] is layer  # type: ignore[index]
+    assert torch.equal(layer.running_var, learned.to(torch.bfloat16))  # type: ignore[union-attr, arg-type]
     assert model(sample().to(torch.bfloat16)).dtype == torch.bfloat16
 
 

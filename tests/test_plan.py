@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 import syncnorm
+from syncnorm.conversion._targets import TARGETS
 
 
 class Fused(nn.BatchNorm2d):
@@ -132,6 +133,15 @@ def test_inspect_notes() -> None:
         assert row(disabled).group == "world, disabled"
     assert row(nn.SyncBatchNorm(2)).group == "world"
     assert str(syncnorm.inspect(nn.Linear(1, 1))) == "no normalisation layer"
+
+
+@pytest.mark.filterwarnings("ignore:.*is a norm and an activation in one")
+@pytest.mark.parametrize("to", [to for to, target in TARGETS.items() if not target.swaps])
+def test_inspect_knows_every_replacement(to: str) -> None:
+    shown = row(syncnorm.convert(nn.BatchNorm2d(32), to))
+    assert shown.features.split(" ")[0] == "32"
+    assert shown.notes == ("in place of BatchNorm2d",)
+    assert shown.group == ("world" if "process_group" in TARGETS[to].options else "sample")
 
 
 def test_inspect_on_meta_and_on_no_model() -> None:

@@ -96,6 +96,37 @@ def test_what_was_learned_and_switched_meanwhile_stays(to: str, options: dict[st
     assert fired == ["hook"]
 
 
+def test_the_staged_chain_loses_nothing() -> None:
+    """Batch norm, batch renorm, frozen, and back: what each stage learned stays, what it switched is switched back."""
+    layer = nn.BatchNorm2d(4, eps=1e-4, momentum=0.25)
+    layer.bias.requires_grad_(False)
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), layer, nn.BatchNorm2d(4, momentum=None).eval())
+    fields = {name: sorted(vars(module)) for name, module in model.named_modules()}
+    tensors = {name: id(tensor) for name, tensor in model.state_dict(keep_vars=True).items()}
+
+    def steps() -> None:
+        for _ in range(2):
+            model(torch.randn(4, 3, 5, 5)).square().sum().backward()
+
+    steps()
+    syncnorm.convert(model, "batch_renorm", r_max=2.0)
+    steps()
+    learned = copy.deepcopy(model.state_dict())
+    syncnorm.convert(model, "frozen_batch_norm")
+    assert [p.requires_grad for p in model.parameters()] == [True, True, False, False, False, False]
+    steps()
+    assert all(torch.equal(value, learned[name]) for name, value in model.state_dict().items())
+    syncnorm.revert(model)
+    assert [type(module) for module in model] == [nn.Conv2d, nn.BatchNorm2d, nn.BatchNorm2d]
+    assert [p.requires_grad for p in model.parameters()] == [True, True, True, False, True, True]
+    assert [module.training for module in model] == [True, True, False]
+    assert (layer.eps, layer.momentum, layer.num_batches_tracked, model[2].momentum) == (1e-4, 0.25, 4, None)
+    assert model[2].num_batches_tracked == 0
+    assert all(torch.equal(value, learned[name]) for name, value in model.state_dict().items())
+    assert {name: id(tensor) for name, tensor in model.state_dict(keep_vars=True).items()} == tensors
+    assert {name: sorted(vars(module)) for name, module in model.named_modules()} == fields
+
+
 def test_running_statistics_of_training_stay() -> None:
     model, plain = (nn.Sequential(nn.BatchNorm1d(4)) for _ in range(2))
     syncnorm.convert(model)

@@ -60,24 +60,27 @@ _ALL = (
     ),
     NormInfo(_dims("FrozenBatchNorm"), "fine-tuning with tiny batches", "none (running)", True, "frozen_batch_norm", "-"),
     NormInfo(("GroupNorm",), "small batches in vision", "a sample", True, "group_norm", "Wu & He 2018"),
-    NormInfo(("LayerNorm",), "transformers, recurrent nets; channels of a map", "a sample", True, "", "Ba et al. 2016"),
-    NormInfo(("RMSNorm",), "LayerNorm without centring; partial", "a sample", True, "", "Zhang & Sennrich 2019"),
+    NormInfo(
+        ("LayerNorm",), "transformers, recurrent nets; channels of a map", "a sample", True, "layer_norm", "Ba et al. 2016"
+    ),
+    NormInfo(("RMSNorm",), "LayerNorm without centring; partial", "a sample", True, "rms_norm", "Zhang & Sennrich 2019"),
     NormInfo(
         _dims("InstanceNorm"), "style, image generation", "a sample", True, "instance_norm", "Ulyanov et al. 2016"
     ),
     NormInfo(
-        ("FilterResponseNorm", "TLU"), "batches of one, with its own activation", "a sample", True, "",
+        ("FilterResponseNorm", "TLU"), "batches of one, with its own activation", "a sample", True, "filter_response_norm",
         "Singh & Krishnan 2020",
     ),
-    NormInfo(("EvoNormB0",), "norm and activation in one", "batch and sample", False, "", "Liu et al. 2020"),
-    NormInfo(("EvoNormS0",), "norm and activation in one, no batch", "a sample", True, "", "Liu et al. 2020"),
-    NormInfo(("DynamicTanh",), "transformers without a norm", "none", True, "", "Zhu et al. 2025"),
+    NormInfo(("EvoNormB0",), "norm and activation in one", "batch and sample", False, "evo_norm_b0", "Liu et al. 2020"),
+    NormInfo(("EvoNormS0",), "norm and activation in one, no batch", "a sample", True, "evo_norm_s0", "Liu et al. 2020"),
+    NormInfo(("DynamicTanh",), "transformers without a norm", "none", True, "dynamic_tanh", "Zhu et al. 2025"),
     NormInfo(
-        _dims("SwitchableNorm"), "learns its mixture of instance, layer and batch", "batch and sample", False, "",
-        "Luo et al. 2019",
+        _dims("SwitchableNorm"), "learns its mixture of instance, layer and batch", "batch and sample", False,
+        "switchable_norm", "Luo et al. 2019",
     ),
     NormInfo(
-        _dims("BatchInstanceNorm"), "learns how much style to keep", "batch and sample", False, "", "Nam & Kim 2018"
+        _dims("BatchInstanceNorm"), "learns how much style to keep", "batch and sample", False, "batch_instance_norm",
+        "Nam & Kim 2018",
     ),
     NormInfo(
         ("ConditionalNorm",), "scale and shift from a condition or a class", "of the norm inside", False, "",

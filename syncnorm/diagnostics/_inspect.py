@@ -11,12 +11,15 @@ from torch.nn.parameter import is_lazy
 from syncnorm.conversion._layers import Layer, display, keeps_batch_statistics, origin_of, walk
 from syncnorm.conversion._table import table
 from syncnorm.conversion._verdict import judge
-from syncnorm.modules import SyncStatistics
+from syncnorm.modules import EvoNormS0, FilterResponseNorm, SyncStatistics
 from syncnorm.modules._mixed_statistics import MixedStatistics
 
 __all__ = ["NormReport", "NormRow", "inspect"]
 
-_OTHERS = (_InstanceNorm, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm, nn.LocalResponseNorm, nn.CrossMapLRN2d)
+_OTHERS = (
+    _InstanceNorm, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm, nn.LocalResponseNorm, nn.CrossMapLRN2d, FilterResponseNorm,
+    EvoNormS0, MixedStatistics,
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -95,7 +98,7 @@ def inspect(model: nn.Module) -> NormReport:
         raise TypeError(f"inspect takes an nn.Module, got {type(model).__name__}.")
     layers: dict[int, Layer] = {}
     for place in walk(model):
-        if keeps_batch_statistics(place.module) or isinstance(place.module, _OTHERS):
+        if keeps_batch_statistics(place.module) or origin_of(place.module) or isinstance(place.module, _OTHERS):
             layer = layers.setdefault(id(place.module), Layer(place.module, metric=place.metric))
             layer.names.append(place.name)
             layer.metric = layer.metric and place.metric
@@ -122,7 +125,7 @@ def _row(layer: Layer, model: nn.Module) -> NormRow:
 def _features(module: nn.Module) -> str:
     if isinstance(module, nn.GroupNorm):
         return f"{module.num_channels} in {module.num_groups} groups"
-    for name in ("num_features", "normalized_shape"):
+    for name in ("num_features", "normalized_shape", "dim"):
         if hasattr(module, name):
             value = getattr(module, name)
             return "×".join(map(str, value)) if isinstance(value, tuple) else str(value)
@@ -145,7 +148,7 @@ def _notes(layer: Layer, model: nn.Module) -> list[str]:
         notes.append(f"in place of {type(origin.module).__name__}")
     if keeps_batch_statistics(module):
         verdict = judge(layer, "sync_batch_norm", {})
-        if verdict.action == "skip":
+        if verdict.action == "skip" and origin is None:
             notes.append(f"convert would leave it: {verdict.reason}")
         if getattr(module, "momentum", 0.1) is None:
             notes.append("momentum=None, a cumulative average")
