@@ -26,6 +26,19 @@ def test_merge_equals_all_samples_at_once(splits: list[int]) -> None:
     torch.testing.assert_close(merged.m2, whole.m2, rtol=1e-13, atol=0)
 
 
+def test_merging_depends_neither_on_order_nor_on_brackets() -> None:
+    x = torch.randn(30, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64) * 3 + 10
+    parts = [moments_of(part) for part in x.split([7, 0, 1, 19, 3])]
+    whole = merge_moments(stack_moments(parts))
+    pairwise = parts[0]
+    for part in parts[1:]:
+        pairwise = merge_moments(stack_moments([pairwise, part]))
+    halves = [merge_moments(stack_moments(half)) for half in (parts[:2], parts[2:])]
+    for other in (merge_moments(stack_moments(parts[::-1])), pairwise, merge_moments(stack_moments(halves))):
+        for mine, theirs in zip(other, whole, strict=True):
+            torch.testing.assert_close(mine, theirs, rtol=1e-14, atol=0)
+
+
 @pytest.mark.parametrize("splits", [[4, 4], [7, 2], [5, 0, 3], [199, 1, 0, 1023]])
 def test_rows_add_up_to_the_moments_of_all(splits: list[int]) -> None:
     x = torch.randn(sum(splits), 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64) * 3 + 10
