@@ -116,6 +116,10 @@ def test_each_family_is_there_while_fitting_and_gone_afterwards(options: dict[st
 def test_bad_schedules_are_refused_and_a_useless_one_is_said() -> None:
     with pytest.raises(ValueError, match=r"warmup_steps must be at least 0 and at most d_steps; got 30 and 20"):
         syncnorm.RenormSchedule(30, 40, 20)
+    with pytest.raises(ValueError, match=r"warmup_steps must be at least 0 and at most r_steps; got 30 and 25"):
+        syncnorm.RenormSchedule(30, 25, 40)
+    with pytest.raises(ValueError, match=r"warmup_steps must be at least 0 and at most r_steps; got -1 and 25"):
+        syncnorm.RenormSchedule(-1, 25, 40)
     with pytest.raises(ValueError, match=r"r_max must be at least 1 and d_max at least 0; got 0\.5 and 5\.0"):
         syncnorm.RenormSchedule(r_max=0.5)
     with pytest.raises(ValueError, match="every_n_steps must be at least 1, got 0"):

@@ -1,4 +1,4 @@
-"""Tier: no process. Between the families of batch statistics a layer only changes its class, and back."""
+"""Tier: no process and gloo ranks. Between the families of batch statistics a layer only changes its class, and back."""
 
 import pytest
 import torch
@@ -6,7 +6,8 @@ from torch import nn
 
 import syncnorm
 from syncnorm.modules import BatchRenorm2d, FrozenBatchNorm1d, FrozenBatchNorm2d, GhostBatchNorm2d, SyncBatchNorm2d
-from tests.oracles import randomise_affine
+from syncnorm.testing import count_collectives, run_ranks
+from tests.oracles import my_slice, randomise_affine, whole_batch
 
 STAGES = [
     ("batch_renorm", {"r_max": 2.0, "d_max": 1.0}, BatchRenorm2d),
@@ -94,6 +95,33 @@ def test_a_fresh_frozen_layer_is_the_identity_and_takes_one_value() -> None:
         ValueError, match=r"FrozenBatchNorm1d\(5\): expected 5 channels in dim 1, got an input \[1, 4\]"
     ):
         FrozenBatchNorm1d(5)(torch.randn(1, 4))
+
+
+def _frozen_over_ranks(splits: list[int]) -> float:
+    ours, whole, part = (
+        FrozenBatchNorm2d(3, dtype=torch.float64),
+        nn.BatchNorm2d(3, dtype=torch.float64),
+        my_slice(splits),
+    )
+    x, loss_weight = whole_batch((sum(splits), 3, 4, 5))
+    randomise_affine(whole)
+    whole(x * 2 + 1)
+    ours.load_state_dict(whole.eval().state_dict())
+    found = []
+    with count_collectives() as counts:
+        for layer, mine in ((ours.train(), x[part]), (whole, x)):
+            mine = mine.clone().requires_grad_()
+            y = layer(mine)
+            (dx,) = torch.autograd.grad((y.pow(3) * (loss_weight[part] if layer is ours else loss_weight)).sum(), mine)
+            found.append(torch.stack([y.detach(), dx]))
+    assert not counts
+    exact = found[1][:, part]
+    return float((found[0] - exact).abs().max() / exact.abs().max()) if exact.numel() else 0.0
+
+
+@pytest.mark.gloo
+def test_frozen_meets_nobody_and_its_shares_are_those_of_one_process() -> None:
+    assert max(run_ranks(_frozen_over_ranks, 3, [5, 0, 3])) <= 1e-12
 
 
 def test_half_models_keep_their_frozen_statistics() -> None:
