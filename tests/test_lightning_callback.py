@@ -135,6 +135,13 @@ def test_copies(make: Any) -> None:
 def test_loading_a_state() -> None:
     SyncNorm().load_state_dict(SyncNorm(process_group="node").state_dict())  # the same weights, fewer ranks
     SyncNorm(to="group_norm").load_state_dict(SyncNorm(to="group_norm", num_groups=32).state_dict())
+    standardised = SyncNorm(to="group_norm", options={"weight_standardization": True})
+    with pytest.raises(
+        SyncNormError, match="num_groups=32 and weight_standardization=True, and this run has to='group_norm'"
+    ):
+        SyncNorm(to="group_norm").load_state_dict(standardised.state_dict())
+    with pytest.raises(TypeError, match=r"got tlu=True\. It belongs to filter_response_norm"):
+        SyncNorm(to="group_norm", options={"tlu": True})
     with pytest.raises(SyncNormError, match="a run with to='layer_norm', and this run has to='sync_batch_norm'"):
         SyncNorm().load_state_dict(SyncNorm(to="layer_norm").state_dict())
     with pytest.raises(SyncNormError, match="has version 2 of its state, and this syncnorm knows versions up to 1"):

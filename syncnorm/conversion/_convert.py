@@ -10,8 +10,9 @@ from syncnorm.conversion._adapters import target_in_family
 from syncnorm.conversion._filters import swap_filters
 from syncnorm.conversion._layers import display
 from syncnorm.conversion._plan import Plan, plan, shorten, skipped_text
-from syncnorm.conversion._replace import blueprint, build_replacement, default_of, like_tensor, put
+from syncnorm.conversion._replace import blueprint, build_replacement, like_tensor, put
 from syncnorm.conversion._select import Patterns
+from syncnorm.conversion._targets import default_of
 from syncnorm.modules import SyncStatistics
 
 __all__ = ["convert"]
@@ -97,6 +98,9 @@ def convert(
             new = build_replacement(module, replacement, like[id(module)])
             put(entry._layer.places, new)
             root = new if module is model else root
+    for name, module in root.named_modules():
+        if isinstance(module, SyncStatistics):
+            module._path = name  # by which ranks are told apart
     return root
 
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.modules.instancenorm import _InstanceNorm
 
 from syncnorm.conversion._layers import Layer, Origin, origin_of, set_origin
-from syncnorm.conversion._targets import TARGETS
+from syncnorm.conversion._targets import TARGETS, default_of
 from syncnorm.distributed import group_spec
 from syncnorm.modules import SyncStatistics
 from syncnorm.modules._statistics import _HALVES, _OURS
@@ -24,7 +24,6 @@ __all__ = [
     "Blueprint",
     "blueprint",
     "build_replacement",
-    "default_of",
     "like_tensor",
     "put",
     "restore_origin",
@@ -88,12 +87,6 @@ def blueprint(module: nn.Module, to: str, options: Mapping[str, Any]) -> Bluepri
         arguments["num_groups"] = math.gcd(num_features, arguments.get("num_groups", default_of(to, "num_groups")))
     arguments = {name: value for name, value in arguments.items() if name in target.parameters}
     return Blueprint(layer, num_features, arguments, to)
-
-
-def default_of(to: str, option: str) -> Any:
-    """What an option is unless it is given."""
-    target = TARGETS[to]
-    return target.defaults.get(option, target.parameters[option].default)
 
 
 def build_replacement(module: nn.Module, made: Blueprint, like: Tensor | None) -> nn.Module:

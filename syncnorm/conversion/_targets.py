@@ -15,7 +15,7 @@ from torch import nn
 from syncnorm import modules
 from syncnorm.modules import SyncStatistics
 
-__all__ = ["FILTERS", "STATISTICS_FAMILIES", "TARGETS", "TARGET_OPTIONS", "Target", "To", "check_options"]
+__all__ = ["FILTERS", "STATISTICS_FAMILIES", "TARGETS", "TARGET_OPTIONS", "Target", "To", "check_options", "default_of"]
 
 To = Literal[
     "sync_batch_norm",
@@ -136,6 +136,14 @@ TARGET_OPTIONS: dict[str, tuple[str, ...]] = {to: target.options for to, target 
 
 STATISTICS_FAMILIES = tuple(to for to, target in TARGETS.items() if target.swaps)
 """Targets with batch norm's state-dict keys: a layer is the same object with another class."""
+
+
+def default_of(to: str, option: str) -> Any:
+    """What an option is unless it is given; for a choice that follows each layer, None."""
+    target = TARGETS[to]
+    if option in target.filters:
+        return False
+    return None if option == "affine" else target.defaults.get(option, target.parameters[option].default)
 
 
 def check_options(to: str, options: dict[str, Any]) -> None:

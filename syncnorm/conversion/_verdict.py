@@ -7,8 +7,8 @@ from torch import nn
 
 from syncnorm.conversion._adapters import LEFTOVERS, target_in_family, target_of
 from syncnorm.conversion._layers import Layer, class_names, origin_of, qualified_type
-from syncnorm.conversion._replace import Blueprint, blueprint, default_of
-from syncnorm.conversion._targets import TARGET_OPTIONS, TARGETS
+from syncnorm.conversion._replace import Blueprint, blueprint
+from syncnorm.conversion._targets import TARGET_OPTIONS, TARGETS, default_of
 from syncnorm.distributed import group_spec
 from syncnorm.modules import BatchNorm, SyncBatchNorm, SyncBatchNorm1d, SyncBatchNorm2d, SyncBatchNorm3d, SyncStatistics
 from syncnorm.modules._mixed_statistics import MixedStatistics

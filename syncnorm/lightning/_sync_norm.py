@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 from syncnorm.conversion import To
+from syncnorm.conversion._targets import TARGETS, default_of
 from syncnorm.errors import SyncNormError
 from syncnorm.lightning._flavours import Callback, rank_zero_info, rank_zero_warn
 from syncnorm.lightning._refusals import refuse_copied, refuse_late, refuse_rivals, refuse_workers
@@ -38,7 +39,8 @@ class SyncNorm(Callback):
 
     Args:
         to: What batch norms become: ``"sync_batch_norm"``, ``"batch_renorm"``, ``"ghost_batch_norm"`` or
-            ``"frozen_batch_norm"`` while fitting; or for good ``"group_norm"``, ``"layer_norm"`` or ``"instance_norm"``.
+            ``"frozen_batch_norm"`` while fitting; or for good ``"group_norm"``, ``"layer_norm"``, ``"instance_norm"`` or
+            any other target of :func:`syncnorm.convert`.
         include: Globs on qualified names (``"backbone.*"``); only these are converted. Empty for all.
         exclude: Globs on qualified names; these are left. Stronger than ``include``.
         process_group: Ranks that share statistics: ``"world"``, ``"node"`` (those of one machine) or a number of ranks.
@@ -49,10 +51,12 @@ class SyncNorm(Callback):
         backend: Kernel backend by name, or ``"auto"``. Concerns the statistics family only.
         accumulate: Micro-batches per update of the running statistics, to go with ``accumulate_grad_batches``.
             Concerns ``"sync_batch_norm"`` only.
-        num_groups: Groups of channels; 32 by default. Concerns ``"group_norm"`` only.
+        num_groups: Groups of channels; 32 by default. Concerns ``"group_norm"`` and ``"evo_norm_s0"`` only.
         virtual_batch_size: Samples that share a statistic. Concerns ``"ghost_batch_norm"`` only, which needs it.
         r_max: Largest correction of the scale; 3 by default. Concerns ``"batch_renorm"`` only.
         d_max: Largest correction of the mean; 5 by default. Concerns ``"batch_renorm"`` only.
+        options: Further options of the target by name, as :func:`syncnorm.convert` takes them, for example
+            ``{"weight_standardization": True}`` for ``"group_norm"``.
 
     Raises:
         ValueError: For an unknown ``to`` or a value out of range.
@@ -76,6 +80,7 @@ class SyncNorm(Callback):
         virtual_batch_size: int | None = None,
         r_max: float | None = None,
         d_max: float | None = None,
+        options: dict[str, bool | int | float | str] | None = None,
     ) -> None:
         super().__init__()
         self.revert = revert
@@ -91,6 +96,7 @@ class SyncNorm(Callback):
             virtual_batch_size=virtual_batch_size,
             r_max=r_max,
             d_max=d_max,
+            **(options or {}),
         )
         self._warned = False
 
@@ -190,6 +196,9 @@ def _data_parallel_group(trainer: "Trainer") -> object:
 
 
 def _architecture(spec: dict[str, Any]) -> str:
-    if spec["to"] == "group_norm":
-        return f"to='group_norm' and num_groups={spec.get('num_groups', 32)}"
-    return f"to={spec['to']!r}"
+    to, own = spec["to"], []
+    if not TARGETS[to].swaps:
+        names = [name for name in TARGETS[to].options if name not in ("process_group", "backend")]
+        own = [(name, spec.get(name, default_of(to, name)), default_of(to, name)) for name in names]
+    chosen = [f"{name}={value}" for name, value, default in own if name == "num_groups" or value != default]
+    return " and ".join([f"to={to!r}", *chosen])
