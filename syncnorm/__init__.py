@@ -7,7 +7,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from syncnorm._version import __version__
-from syncnorm.calibration import TentAdapter, adapt_batch_norm
+from syncnorm.calibration import TentAdapter, adapt_batch_norm, reduce_buffers
 from syncnorm.conversion import convert, disabled, no_stats_update, plan, register_adapter, revert
 from syncnorm.diagnostics import explain, inspect, list_norms
 from syncnorm.distributed import loss_weight
@@ -93,6 +93,7 @@ __all__ = [
     "loss_weight",
     "no_stats_update",
     "plan",
+    "reduce_buffers",
     "register_adapter",
     "revert",
     "spectral_norm",

@@ -9,9 +9,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from syncnorm.core.moments import Moments, from_sums, to_sums
+from syncnorm.core.moments import Moments, from_sums, merge_moments, to_sums
 
-__all__ = ["RunningStatistics", "update_running"]
+__all__ = ["RunningStatistics", "pool_running", "update_running"]
 
 
 class RunningStatistics(NamedTuple):
@@ -72,6 +72,23 @@ def update_running(running: RunningStatistics, batch: Moments) -> None:
         moved = wide.lerp_(new.to(wide.dtype), weight)
         if wide is not buffer:
             buffer.copy_(moved)
+
+
+def pool_running(mean: Tensor, var: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Running statistics of several populations as those of their mixture: the law of total variance.
+
+    Args:
+        mean: float64 ``[R, C]``, one row for each population.
+        var: float64 ``[R, C]``.
+        weight: float64 ``[R]``; populations count equally where all are 0.
+
+    Returns:
+        Mean and variance ``[C]``; where all rows are equal, those very numbers.
+    """
+    weight = torch.where(weight.sum() > 0, weight, 1.0)
+    pooled = merge_moments(Moments(weight, mean, weight.unsqueeze(-1) * var))
+    alike = ((mean == mean[0]) & (var == var[0])).all(0)
+    return torch.where(alike, mean[0], pooled.mean), torch.where(alike, var[0], pooled.m2 / weight.sum())
 
 
 def _gather(pending: Tensor, accumulate: int, batch: Moments) -> tuple[Moments, Tensor]:
