@@ -87,8 +87,8 @@ BAD: list[tuple[dict[str, Any], type[Exception], str]] = [
     (
         {"to": "layer_norm", "process_group": "world"},
         TypeError,
-        "got process_group='world'. It belongs to sync_batch_norm, batch_renorm, ghost_batch_norm, evo_norm_b0, "
-        "switchable_norm and batch_instance_norm.",
+        "got process_group='world'. It belongs to sync_batch_norm, batch_renorm, ghost_batch_norm, "
+        "moving_average_batch_norm, evo_norm_b0, switchable_norm and batch_instance_norm.",
     ),
     ({"to": "group_norm", "num_groups": 0}, ValueError, "num_groups is a number of groups, at least 1; got 0."),
     (

@@ -5,7 +5,14 @@ import torch
 from torch import nn
 
 import syncnorm
-from syncnorm.modules import BatchRenorm2d, FrozenBatchNorm1d, FrozenBatchNorm2d, GhostBatchNorm2d, SyncBatchNorm2d
+from syncnorm.modules import (
+    BatchRenorm2d,
+    FrozenBatchNorm1d,
+    FrozenBatchNorm2d,
+    GhostBatchNorm2d,
+    MovingAverageBatchNorm2d,
+    SyncBatchNorm2d,
+)
 from syncnorm.testing import count_collectives, run_ranks
 from tests.oracles import my_slice, randomise_affine, whole_batch
 
@@ -13,6 +20,7 @@ STAGES = [
     ("batch_renorm", {"r_max": 2.0, "d_max": 1.0}, BatchRenorm2d),
     ("ghost_batch_norm", {"virtual_batch_size": 2}, GhostBatchNorm2d),
     ("frozen_batch_norm", {}, FrozenBatchNorm2d),
+    ("moving_average_batch_norm", {"window": 3, "warmup": 0, "r_max": 2.0}, MovingAverageBatchNorm2d),
     ("sync_batch_norm", {}, SyncBatchNorm2d),
 ]
 
@@ -33,8 +41,8 @@ def snapshot(net: nn.Module) -> dict[str, object]:
     return kept | {f"grad {name}": p.requires_grad for name, p in net.named_parameters()}
 
 
-@pytest.mark.parametrize("first", range(4))
-@pytest.mark.parametrize("second", range(4))
+@pytest.mark.parametrize("first", range(len(STAGES)))
+@pytest.mark.parametrize("second", range(len(STAGES)))
 def test_every_path_leads_back(first: int, second: int) -> None:
     net = model()
     before = snapshot(net)

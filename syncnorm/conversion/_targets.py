@@ -22,6 +22,7 @@ To = Literal[
     "batch_renorm",
     "ghost_batch_norm",
     "frozen_batch_norm",
+    "moving_average_batch_norm",
     "group_norm",
     "layer_norm",
     "instance_norm",

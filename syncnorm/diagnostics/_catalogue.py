@@ -58,6 +58,10 @@ _ALL = (
         _dims("GhostBatchNorm"), "a chosen number of samples per statistic", "the batch", False, "ghost_batch_norm",
         "Hoffer et al. 2017",
     ),
+    NormInfo(
+        _dims("MovingAverageBatchNorm"), "batches of 1 to 4, behind centred weights", "the last batches", False,
+        "moving_average_batch_norm", "Yan et al. 2020",
+    ),
     NormInfo(_dims("FrozenBatchNorm"), "fine-tuning with tiny batches", "none (running)", True, "frozen_batch_norm", "-"),
     NormInfo(("GroupNorm",), "small batches in vision", "a sample", True, "group_norm", "Wu & He 2018"),
     NormInfo(
@@ -88,6 +92,7 @@ _ALL = (
     ),
     NormInfo(("AdaptiveInstanceNorm",), "one image's style on another", "a sample", True, "", "Huang & Belongie 2017"),
     NormInfo(_dims("WeightStandardizedConv"), "beside GroupNorm at batches of one", "weights", True, "", "Qiao et al. 2019"),
+    NormInfo(_dims("WeightCentralizedConv"), "before MovingAverageBatchNorm", "weights", True, "", "Yan et al. 2020"),
     NormInfo(("spectral_norm",), "GAN critics, Lipschitz bounds", "weights", False, "", "Miyato et al. 2018"),
     NormInfo(("LayerNormLSTM",), "recurrent nets", "a sample", True, "", "Ba et al. 2016"),
     NormInfo(("BatchNormLSTM",), "recurrent nets, per time step", "the batch", False, "", "Cooijmans et al. 2017"),

@@ -16,6 +16,7 @@ from syncnorm.functional._instance_norm import instance_norm
 from syncnorm.functional._layer_norm import layer_norm
 from syncnorm.functional._lstm import lstm_layer
 from syncnorm.functional._masked_batch_norm import masked_batch_norm
+from syncnorm.functional._moving_average_batch_norm import moving_average_batch_norm
 from syncnorm.functional._rms_norm import rms_norm
 from syncnorm.functional._running_norm import running_norm
 from syncnorm.functional._softmax_entropy import softmax_entropy
@@ -23,6 +24,7 @@ from syncnorm.functional._spectral_norm import spectral_norm
 from syncnorm.functional._standardize import destandardize, min_max_scale, standardize, undo_min_max_scale
 from syncnorm.functional._switchable_norm import switchable_norm
 from syncnorm.functional._sync_batch_norm import sync_batch_norm
+from syncnorm.functional._weight_centralization import weight_centralization
 from syncnorm.functional._weight_standardization import weight_standardization
 
 __all__ = [
@@ -44,6 +46,7 @@ __all__ = [
     "lstm_layer",
     "min_max_scale",
     "masked_batch_norm",
+    "moving_average_batch_norm",
     "rms_norm",
     "running_norm",
     "softmax_entropy",
@@ -53,5 +56,6 @@ __all__ = [
     "sync_batch_norm",
     "thresholded_linear_unit",
     "undo_min_max_scale",
+    "weight_centralization",
     "weight_standardization",
 ]

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from syncnorm.functional._inputs import accumulate_dtype, check_floating
 
-__all__ = ["weight_standardization"]
+__all__ = ["filter_rows", "weight_standardization"]
 
 
 def weight_standardization(weight: Tensor, eps: float = 1e-5) -> Tensor:
@@ -27,13 +27,24 @@ def weight_standardization(weight: Tensor, eps: float = 1e-5) -> Tensor:
 
     Reference: Qiao, Wang, Liu, Shen & Yuille (2019), section 3.
     """
-    check_floating("weight_standardization", weight)
-    if weight.dim() < 2 or weight.shape[1:].numel() < 2:
-        raise ValueError(
-            f"weight_standardization: expected a weight [out, *] of at least 2 values per filter, got {list(weight.shape)}: "
-            "standardised, a single value is 0. Leave such layers (depthwise 1×1, vectors) as they are."
-        )
-    rows = weight.flatten(1).to(accumulate_dtype(weight.dtype))
+    rows = filter_rows("weight_standardization", weight, "standardised")
     # Layer norm of the rows is this very formula, in one fused operator.
     standardised = torch.layer_norm(rows, (rows.size(1),), None, None, eps)
     return standardised.reshape(weight.shape).to(weight.dtype)
+
+
+def filter_rows(method: str, weight: Tensor, done: str) -> Tensor:
+    """The filters of ``weight`` [out, *] as rows, in at least float32; an error if there is one value in each.
+
+    Args:
+        method: Name of the public function, for messages.
+        weight: ``[out, *]``.
+        done: What has been done to a weight, for messages.
+    """
+    check_floating(method, weight)
+    if weight.dim() < 2 or weight.shape[1:].numel() < 2:
+        raise ValueError(
+            f"{method}: expected a weight [out, *] of at least 2 values per filter, got {list(weight.shape)}: {done}, a "
+            "single value is 0. Leave such layers (depthwise 1×1, vectors) as they are."
+        )
+    return weight.flatten(1).to(accumulate_dtype(weight.dtype))

@@ -18,6 +18,11 @@ from syncnorm.modules._instance_norm import InstanceNorm1d, InstanceNorm2d, Inst
 from syncnorm.modules._layer_norm import LayerNorm
 from syncnorm.modules._layer_norm_lstm import LayerNormLSTM
 from syncnorm.modules._min_max_scale import MinMaxScale
+from syncnorm.modules._moving_average_batch_norm import (
+    MovingAverageBatchNorm1d,
+    MovingAverageBatchNorm2d,
+    MovingAverageBatchNorm3d,
+)
 from syncnorm.modules._rms_norm import RMSNorm
 from syncnorm.modules._running_norm import RunningNorm
 from syncnorm.modules._spectral_norm import spectral_norm
@@ -25,6 +30,12 @@ from syncnorm.modules._standardize import Standardize
 from syncnorm.modules._statistics import TARGETS, SyncStatistics, is_synced, register_swap
 from syncnorm.modules._switchable_norm import SwitchableNorm1d, SwitchableNorm2d, SwitchableNorm3d
 from syncnorm.modules._sync_batch_norm import SyncBatchNorm, SyncBatchNorm1d, SyncBatchNorm2d, SyncBatchNorm3d
+from syncnorm.modules._weight_centralization import (
+    WeightCentralizedConv1d,
+    WeightCentralizedConv2d,
+    WeightCentralizedConv3d,
+    weight_centralization,
+)
 from syncnorm.modules._weight_standardization import (
     WeightStandardizedConv1d,
     WeightStandardizedConv2d,
@@ -60,6 +71,9 @@ __all__ = [
     "LayerNorm",
     "LayerNormLSTM",
     "MinMaxScale",
+    "MovingAverageBatchNorm1d",
+    "MovingAverageBatchNorm2d",
+    "MovingAverageBatchNorm3d",
     "RMSNorm",
     "RunningNorm",
     "Standardize",
@@ -74,11 +88,15 @@ __all__ = [
     "FAMILIES",
     "TARGETS",
     "TLU",
+    "WeightCentralizedConv1d",
+    "WeightCentralizedConv2d",
+    "WeightCentralizedConv3d",
     "WeightStandardizedConv1d",
     "WeightStandardizedConv2d",
     "WeightStandardizedConv3d",
     "is_synced",
     "register_swap",
     "spectral_norm",
+    "weight_centralization",
     "weight_standardization",
 ]

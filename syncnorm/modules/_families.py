@@ -5,6 +5,11 @@ from torch import nn
 from syncnorm.modules._batch_renorm import BatchRenorm1d, BatchRenorm2d, BatchRenorm3d
 from syncnorm.modules._frozen_batch_norm import FrozenBatchNorm1d, FrozenBatchNorm2d, FrozenBatchNorm3d
 from syncnorm.modules._ghost_batch_norm import GhostBatchNorm1d, GhostBatchNorm2d, GhostBatchNorm3d
+from syncnorm.modules._moving_average_batch_norm import (
+    MovingAverageBatchNorm1d,
+    MovingAverageBatchNorm2d,
+    MovingAverageBatchNorm3d,
+)
 from syncnorm.modules._statistics import SyncStatistics
 
 __all__ = ["FAMILIES"]
@@ -14,6 +19,7 @@ _LAYERS: tuple[tuple[type[SyncStatistics], ...], ...] = (
     (BatchRenorm1d, BatchRenorm2d, BatchRenorm3d),
     (GhostBatchNorm1d, GhostBatchNorm2d, GhostBatchNorm3d),
     (FrozenBatchNorm1d, FrozenBatchNorm2d, FrozenBatchNorm3d),
+    (MovingAverageBatchNorm1d, MovingAverageBatchNorm2d, MovingAverageBatchNorm3d),
 )
 
 FAMILIES: dict[str, dict[type[nn.Module], type[SyncStatistics]]] = {

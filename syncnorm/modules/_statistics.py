@@ -31,7 +31,7 @@ TARGETS: dict[type[nn.Module], type["SyncStatistics"]] = {}
 GHOSTS: dict[type["SyncStatistics"], type["SyncStatistics"]] = {}
 """Which class a layer made with a ``virtual_batch_size`` has, by the class that was called."""
 
-_WIDE = ("_pending", "_limits", "_clip_rate")
+_WIDE = ("_pending", "_limits", "_clip_rate", "_squares", "_slopes")
 """Buffers that stay float64 whatever the model is cast to."""
 
 _OURS = (

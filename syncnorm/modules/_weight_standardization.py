@@ -3,10 +3,9 @@
 from typing import Any, TypeVar
 
 from torch import Tensor, nn
-from torch.nn.modules.conv import _ConvNd
-from torch.nn.utils import parametrize
 
 from syncnorm.functional._weight_standardization import weight_standardization as standardize
+from syncnorm.modules._filters import FilterConv, parametrize_filters
 
 __all__ = [
     "WeightStandardizedConv1d",
@@ -35,13 +34,14 @@ _DOC = """A ``nn.Conv{dims}d`` whose filters are standardised before use.
     """
 
 
-class _StandardizedConv(_ConvNd):
+class _StandardizedConv(FilterConv):
     def __init__(self, *args: Any, eps: float = 1e-5, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.eps = _checked(self.weight, eps)
+        self.eps = _checked(eps)
+        standardize(self.weight.detach().to("meta"), eps)  # better refused now than at the first forward
 
-    def forward(self, input: Tensor) -> Tensor:
-        return self._conv_forward(input, standardize(self.weight, self.eps), self.bias)
+    def filters(self, weight: Tensor) -> Tensor:
+        return standardize(weight, self.eps)
 
     def extra_repr(self) -> str:
         convolution: str = super().extra_repr()  # type: ignore[no-untyped-call]
@@ -85,17 +85,8 @@ def weight_standardization(module: _Layer, name: str = "weight", eps: float = 1e
 
     Reference: Qiao, Wang, Liu, Shen & Yuille (2019), section 3.
     """
-    if not isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d | nn.Linear):
-        raise TypeError(
-            f"weight_standardization takes a Conv1d, Conv2d, Conv3d or Linear, whose weight is [out, *]; got "
-            f"{type(module).__name__}. For a model, apply it to each such layer in model.modules()."
-        )
-    weight = getattr(module, name, None)
-    if not isinstance(weight, Tensor):
-        raise ValueError(f"weight_standardization: {type(module).__name__} has no tensor {name!r} to standardise.")
-    eps = _checked(weight, eps)
-    parametrize.register_parametrization(module, name, _Standardization(eps))
-    return module
+    function = _Standardization(_checked(eps))
+    return parametrize_filters(module, name, function, "weight_standardization", "standardise")
 
 
 class _Standardization(nn.Module):
@@ -110,9 +101,7 @@ class _Standardization(nn.Module):
         return f"eps={self.eps}"
 
 
-def _checked(weight: Tensor, eps: float) -> float:
-    """``eps``, if it and the weight will do: better now than at the first forward."""
+def _checked(eps: float) -> float:
     if not eps > 0:
         raise ValueError(f"weight standardization: eps must be positive, got {eps}. A constant filter has no variance.")
-    standardize(weight.detach().to("meta"), eps)
     return eps
