@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 from syncnorm._version import __version__
 from syncnorm.calibration import TentAdapter, adapt_batch_norm, reduce_buffers
-from syncnorm.conversion import convert, disabled, no_stats_update, plan, register_adapter, revert
+from syncnorm.conversion import convert, disabled, no_stats_update, plan, register_adapter, revert, validate_state_dict
 from syncnorm.diagnostics import explain, inspect, list_norms
-from syncnorm.distributed import loss_weight
+from syncnorm.distributed import loss_weight, set_check
 from syncnorm.errors import SyncNormError, SyncNormMismatch
 from syncnorm.modules import (
     BatchNormLSTM,
@@ -102,7 +102,9 @@ __all__ = [
     "reduce_buffers",
     "register_adapter",
     "revert",
+    "set_check",
     "spectral_norm",
+    "validate_state_dict",
     "verify",
 ]
 

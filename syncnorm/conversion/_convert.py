@@ -13,6 +13,7 @@ from syncnorm.conversion._plan import Plan, plan, shorten, skipped_text
 from syncnorm.conversion._replace import blueprint, build_replacement, like_tensor, put
 from syncnorm.conversion._select import Patterns
 from syncnorm.conversion._targets import default_of
+from syncnorm.conversion._validate import refuse_broken
 from syncnorm.modules import SyncStatistics
 
 __all__ = ["convert"]
@@ -71,7 +72,8 @@ def convert(
         module.
 
     Raises:
-        ValueError: For an unknown target, a value out of range, or a pattern that matches nothing.
+        ValueError: For an unknown target, a value out of range, or a pattern that matches nothing; or if a layer's running
+            statistics are not finite, or a variance or counter is negative.
         TypeError: For an option that the target does not take, or an argument of the wrong type.
         SyncNormError: If a wrapper around the model forbids the change, or with ``strict`` a layer would be left.
 
@@ -81,6 +83,7 @@ def convert(
         <class 'syncnorm.modules._sync_batch_norm.SyncBatchNorm2d'>
     """
     made = plan(model, to, include=include, exclude=exclude, process_group=process_group, strict=strict, **options)
+    refuse_broken(made)
     _warn(made)
     root = model
     like = {id(entry._layer.module): like_tensor(entry._layer, model) for entry in made.entries}

@@ -1,6 +1,7 @@
 """Where ranks meet: which ranks belong together, the collectives between them, and the one exchange of a layer."""
 
+from syncnorm.distributed.agreement import set_check
 from syncnorm.distributed.groups import Group, GroupSpec, group_spec, make_subgroups, resolve
 from syncnorm.distributed.loss_weight import loss_weight
 
-__all__ = ["Group", "GroupSpec", "group_spec", "loss_weight", "make_subgroups", "resolve"]
+__all__ = ["Group", "GroupSpec", "group_spec", "loss_weight", "make_subgroups", "resolve", "set_check"]

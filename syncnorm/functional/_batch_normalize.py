@@ -15,10 +15,16 @@ from syncnorm.core.layout import count_per_channel, flatten, flatten_like, unfla
 from syncnorm.core.moments import Moments
 from syncnorm.core.renorm import correct_affine, renorm_correction
 from syncnorm.core.running import RunningStatistics, update_running
+from syncnorm.distributed.agreement import begin_call
 from syncnorm.distributed.exchange import exchange_moments
 from syncnorm.errors import SyncNormError
 from syncnorm.functional._batch_backward import Backward, batch_backward
-from syncnorm.functional._checkpoint import is_recomputing, recall, remember, unseen_by_selective_checkpointing
+from syncnorm.functional._checkpoint import (
+    is_recomputing,
+    recall_call,
+    remember_call,
+    unseen_by_selective_checkpointing,
+)
 from syncnorm.functional._one_value import ONE_VALUE, refuse_one_value
 from syncnorm.functional._walk import Walk, apply_function, empty_after, moments_of_none
 from syncnorm.kernels import choose
@@ -53,6 +59,8 @@ def batch_normalize_and_moments(
 ) -> tuple[Tensor, Moments]:
     """:func:`batch_normalize`, and the moments that it normalised by, which carry no gradient."""
     if not torch.compiler.is_compiling():
+        if walk.group.size > 1:
+            walk = walk._replace(call=begin_call(walk.site, walk.group, x))
         # Inside, because there torch.func's wrappers are off and buffers may be written in place.
         y, mean, m2, _, count, *_ = apply_function(_Normalize, x, weight, bias, residual, walk, running)
         return y, Moments(count, mean, m2)
@@ -79,10 +87,10 @@ class _Normalize(Function):
         recomputing = is_recomputing()
         flat = flatten(x) if x.numel() else x
         with unseen_by_selective_checkpointing():
-            moments, correction = walk.known or (recall(walk.site) if recomputing else None) or (None, ())
+            moments, correction = walk.known or (recall_call(walk.site, walk.call) if recomputing else None) or (None, ())
             if moments is None:
                 local = choose(walk.backend, x).batch_moments(flat) if x.numel() else moments_of_none(x)
-                moments = exchange_moments(local, walk.group, needs_backward=walk.needs_backward)
+                moments = exchange_moments(local, walk.group, needs_backward=walk.needs_backward, call=walk.call)
                 refuse_one_value(moments.count, count_per_channel(x), x.shape)
             rstd = moments.var.add_(walk.eps).rsqrt_()
             if walk.renorm is not None:
@@ -90,7 +98,7 @@ class _Normalize(Function):
                     correction = _correction(moments, rstd, walk, running, recomputing=recomputing)
                 weight, bias = correct_affine(weight, bias, correction, x.dtype)
             if not recomputing and not torch.compiler.is_compiling():
-                remember(walk.site, (moments, correction))
+                remember_call(walk.site, walk.call, (moments, correction))
         mask: tuple[Tensor, ...] = ()
         if x.numel():
             backend = choose(walk.backend, x)

@@ -16,7 +16,9 @@ from torch.autograd.graph import _engine_run_backward
 from torch.utils import checkpoint
 from torch.utils._python_dispatch import _get_current_dispatch_mode, _pop_mode_temporarily
 
-__all__ = ["is_recomputing", "recall", "remember", "unseen_by_selective_checkpointing"]
+from syncnorm.distributed.agreement import Call
+
+__all__ = ["is_recomputing", "recall_call", "remember_call", "unseen_by_selective_checkpointing"]
 
 _MOMENTS = "_syncnorm_moments"
 _REENTRANT = (checkpoint.CheckpointFunction.forward.__code__, checkpoint.CheckpointFunction.backward.__code__)
@@ -33,7 +35,7 @@ def is_recomputing() -> bool:
     return torch._C._current_graph_task_id() != -1 or "target_frame_ref" in _hook()
 
 
-def remember(site: object, record: tuple[Any, ...]) -> None:
+def remember_call(site: object, call: Call | None, found: tuple[Any, ...]) -> None:
     """Keep what this forward call took from all ranks with the checkpointed region it runs in, if it runs in one."""
     if torch._C._autograd._top_saved_tensors_default_hooks(True) is not None:
         region = _hook().get("frame")
@@ -42,11 +44,11 @@ def remember(site: object, record: tuple[Any, ...]) -> None:
     else:
         region = _reentrant_region()
     if region is not None:
-        region.__dict__.setdefault(_MOMENTS, {}).setdefault(id(site), []).append(record)
+        region.__dict__.setdefault(_MOMENTS, {}).setdefault(id(site), []).append((None if call is None else call.number, found))
 
 
-def recall(site: object) -> tuple[Any, ...] | None:
-    """The record of the forward call that this call recomputes; None where that is not certain."""
+def recall_call(site: object, call: Call | None) -> tuple[Any, ...] | None:
+    """What the forward call found that this call recomputes, which then goes by its number; None where that is not certain."""
     if torch._C._autograd._top_saved_tensors_default_hooks(True) is not None:
         held = _hook()
         if "target_frame_ref" not in held or not _called_by_checkpoint():
@@ -62,8 +64,11 @@ def recall(site: object) -> tuple[Any, ...] | None:
     if index >= len(calls):
         return None
     kept[turn] = index + 1
-    record: tuple[Any, ...] = calls[index]
-    return record
+    found: tuple[Any, ...]
+    number, found = calls[index]
+    if call is not None and number is not None:
+        call.number = number
+    return found
 
 
 def unseen_by_selective_checkpointing() -> AbstractContextManager[None]:

@@ -6,11 +6,12 @@ from torch import Tensor
 from syncnorm.core.layout import count_per_channel
 from syncnorm.core.moments import Moments
 from syncnorm.core.running import RunningStatistics, update_running
-from syncnorm.distributed.exchange import exchange_row, send_poison
+from syncnorm.distributed.agreement import Call, begin_call
+from syncnorm.distributed.exchange import exchange_row
 from syncnorm.distributed.groups import LOCAL, Group
 from syncnorm.functional._batch_normalize import batch_normalize_and_moments
 from syncnorm.functional._checkpoint import is_recomputing
-from syncnorm.functional._sync_batch_norm import enter, evaluate, needs_grad, validate
+from syncnorm.functional._sync_batch_norm import enter, evaluate, needs_grad, tell_others, validate
 from syncnorm.functional._walk import Walk
 
 __all__ = ["ghost_batch_norm"]
@@ -75,12 +76,12 @@ def ghost_batch_norm(
     if not training:
         validate(input, num_features, input_dims)
         return evaluate(input, running_mean, running_var, weight, bias, eps)
-    ranks = enter(input, eps, group, num_features, input_dims)
+    ranks = enter(input, eps, group, num_features, input_dims, site)
     ghosts = _cut(input, virtual_batch_size) if ghost_group.size == 1 else (input,)
     tracks = running_mean is not None or num_batches_tracked is not None
     if ghost_group.size == 1 and count_per_channel(input) == 1:
         if ranks.size > 1 and tracks and not torch.compiler.is_compiling():
-            send_poison(input.size(1), input.device, ranks)
+            tell_others(input, ranks, site=site)
         raise ValueError(
             f"expected more than 1 value per channel in a ghost when training, got an input {list(input.shape)}. Variance "
             "needs two: use a larger batch, or one ghost over several ranks (a larger virtual_batch_size)."
@@ -91,7 +92,7 @@ def ghost_batch_norm(
     )
     if tracks and not is_recomputing():
         running = RunningStatistics(running_mean, running_var, num_batches_tracked, momentum)
-        update_running(running, _average(list(moments), ranks, share=1 / ghost_group.size))
+        update_running(running, _average(list(moments), ranks, begin_call(site, ranks, input), share=1 / ghost_group.size))
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
 
@@ -116,14 +117,14 @@ def _cut(input: Tensor, size: int) -> tuple[Tensor, ...]:
 
 
 @torch.no_grad()
-def _average(ghosts: list[Moments], ranks: Group, *, share: float) -> Moments:
+def _average(ghosts: list[Moments], ranks: Group, call: Call | None, *, share: float) -> Moments:
     """Moments whose mean and unbiased variance are the averages over all ghosts of all ranks."""
     # Ghosts that several ranks share count once: each rank brings its share.
     row = sum(
         torch.cat([g.mean.new_ones(1) * g.count, g.mean * g.count, g.unbiased_var * g.count]) * share for g in ghosts
     )
     assert isinstance(row, Tensor)
-    row, known = exchange_row(row, ranks, needs_backward=False)
+    row, known = exchange_row(row, ranks, needs_backward=False, call=call)
     count = row[0] if known is None else known
     mean, var = (row[1:] / (count.clamp(min=1) if isinstance(count, Tensor) else max(count, 1.0))).view(2, -1).unbind(0)
     return Moments(count, mean, var * (count - 1))

@@ -67,11 +67,11 @@ def masked_batch_norm(
         validate(input, num_features, input_dims)
         _weights(input, mask)
         return evaluate(input, running_mean, running_var, weight, bias, eps)
-    ranks = enter(input, eps, group, num_features, input_dims)
+    ranks = enter(input, eps, group, num_features, input_dims, site)
     try:
         weights = _weights(input, mask)
     except (ValueError, TypeError):
-        tell_others(input, ranks)
+        tell_others(input, ranks, site=site)
         raise
     running = None
     if running_mean is not None or num_batches_tracked is not None:

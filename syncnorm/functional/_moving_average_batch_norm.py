@@ -16,12 +16,13 @@ from syncnorm.core.layout import flatten, flatten_like, unflatten
 from syncnorm.core.moments import Moments, at_least_one, empty_moments
 from syncnorm.core.moving_average import MovingAverages, average, keep, moved, renorm_scales
 from syncnorm.core.running import RunningStatistics, update_running
+from syncnorm.distributed.agreement import begin_call
 from syncnorm.distributed.exchange import exchange_moments, exchange_sums
 from syncnorm.errors import SyncNormError
 from syncnorm.functional._checkpoint import (
     is_recomputing,
-    recall,
-    remember,
+    recall_call,
+    remember_call,
     unseen_by_selective_checkpointing,
 )
 from syncnorm.functional._sync_batch_norm import enter, evaluate, needs_grad, validate
@@ -99,8 +100,9 @@ def moving_average_batch_norm(
     if not training:
         validate(input, running_mean.numel(), input_dims)
         return evaluate(input, running_mean, running_var, weight, bias, eps)
-    ranks = enter(input, eps, group, running_mean.numel(), input_dims)
-    walk = Walk(eps, ranks, backend, needs_grad(input, weight, bias), site)
+    ranks = enter(input, eps, group, running_mean.numel(), input_dims, site)
+    met = begin_call(site, ranks, input)
+    walk = Walk(eps, ranks, backend, needs_grad(input, weight, bias), site, call=met)
     state = _State(averages, RunningStatistics(running_mean, running_var, num_batches_tracked, momentum, tracked=track))
     if not torch.compiler.is_compiling():
         # Inside, because there torch.func's wrappers are off and buffers may be written in place.
@@ -122,7 +124,7 @@ class _Normalize(Function):
         recomputing = is_recomputing()
         flat = flatten(x) if x.numel() else x
         with unseen_by_selective_checkpointing():
-            record, later = recall(walk.site) if recomputing else None, None
+            record, later = recall_call(walk.site, walk.call) if recomputing else None, None
             if record is None:
                 if recomputing:
                     raise SyncNormError(
@@ -132,7 +134,7 @@ class _Normalize(Function):
                     )
                 record, later = _statistics(x, flat, walk, state)
                 if not torch.compiler.is_compiling():
-                    remember(walk.site, record)
+                    remember_call(walk.site, walk.call, record)
                     _move(state, record[-1], later)
         centre, rstd, r, count = record
         if x.numel():
@@ -175,7 +177,7 @@ def _statistics(x: Tensor, flat: Tensor, walk: Walk, state: _State) -> tuple[tup
     averages, running = state
     assert running.mean is not None and running.var is not None
     local = choose(walk.backend, x).batch_moments(flat) if x.numel() else empty_moments(x.size(1), x.device)
-    moments = exchange_moments(local, walk.group, needs_backward=walk.needs_backward)
+    moments = exchange_moments(local, walk.group, needs_backward=walk.needs_backward, call=walk.call)
     # A copy: DDP writes to the buffers at the next forward, which may come before this one's backward.
     centre = running.mean.to(torch.float64, copy=True)
     later = moved(averages.squares, moments.var + (moments.mean - centre).square())
@@ -223,7 +225,7 @@ class _Gradient(Function):
             dbias = products = grad.transpose(0, 1).flatten(1).sum(1, dtype=torch.float64)
         scale = r if weight is None else r * weight
         # A copy: the exchange may reuse its memory, and the local sum is dγ.
-        slope = scale * exchange_sums(products.clone(), walk.group) / at_least_one(count)
+        slope = scale * exchange_sums(products, walk.group, walk.call) / at_least_one(count)
         later = moved(window, slope)
         over_batches = average(later)
         if state.running.tracked:

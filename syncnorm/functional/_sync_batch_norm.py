@@ -10,6 +10,7 @@ from torch.nn import functional
 from syncnorm.core.activation import Activation, find_activation
 from syncnorm.core.layout import flatten, flatten_like, unflatten
 from syncnorm.core.running import RunningStatistics
+from syncnorm.distributed.agreement import begin_call
 from syncnorm.distributed.exchange import send_poison
 from syncnorm.distributed.groups import Group, group_spec, resolve
 from syncnorm.functional._batch_normalize import batch_normalize
@@ -103,13 +104,13 @@ def sync_batch_norm(
         validate(input, num_features, input_dims)
         check_residual(input, residual)
         return evaluate(input, running_mean, running_var, weight, bias, eps, residual, act)
-    ranks = enter(input, eps, group, num_features, input_dims)
+    ranks = enter(input, eps, group, num_features, input_dims, site)
     try:
         check_residual(input, residual)
         if memory_efficient:
             check_invertible(weight, bias, residual, act)
     except ValueError:
-        tell_others(input, ranks)
+        tell_others(input, ranks, site=site)
         raise
     has_statistics = running_mean is not None or pending is not None or num_batches_tracked is not None
     running = RunningStatistics(running_mean, running_var, num_batches_tracked, momentum, pending, accumulate)
@@ -157,7 +158,12 @@ def evaluate(
 
 
 def enter(
-    input: Tensor, eps: float, group: object, num_features: int | None, input_dims: tuple[int, ...] | None
+    input: Tensor,
+    eps: float,
+    group: object,
+    num_features: int | None,
+    input_dims: tuple[int, ...] | None,
+    site: object = None,
 ) -> Group:
     """The live group of a training forward, with an input that fits; a refusal is told to the other ranks, too."""
     ranks: Group = group if isinstance(group, Group) else resolve(group_spec(group))
@@ -166,17 +172,17 @@ def enter(
         if not eps > 0:
             raise ValueError(f"eps must be positive when training, got {eps}.")
     except (ValueError, TypeError):
-        tell_others(input, ranks, num_features)
+        tell_others(input, ranks, num_features, site)
         raise
     return ranks
 
 
-def tell_others(input: Tensor, ranks: Group, num_features: int | None = None) -> None:
+def tell_others(input: Tensor, ranks: Group, num_features: int | None = None, site: object = None) -> None:
     """Send a refusal of this rank's arguments to the ranks that would wait for it."""
     if num_features is None and input.dim() > 1:
         num_features = input.size(1)
     if ranks.size > 1 and num_features is not None and not torch.compiler.is_compiling():
-        send_poison(num_features, input.device, ranks)
+        send_poison(num_features, input.device, ranks, begin_call(site, ranks, input))
 
 
 def validate(input: Tensor, num_features: int | None, input_dims: tuple[int, ...] | None) -> None:

@@ -15,9 +15,15 @@ from torch.autograd import Function
 from syncnorm.core.layout import accumulate_dtype, count_per_channel, flatten
 from syncnorm.core.moments import Moments, at_least_one
 from syncnorm.core.running import RunningStatistics, update_running
+from syncnorm.distributed.agreement import Call, begin_call
 from syncnorm.distributed.exchange import exchange_moments, exchange_sums
 from syncnorm.distributed.groups import LOCAL, Group
-from syncnorm.functional._checkpoint import is_recomputing, recall, remember, unseen_by_selective_checkpointing
+from syncnorm.functional._checkpoint import (
+    is_recomputing,
+    recall_call,
+    remember_call,
+    unseen_by_selective_checkpointing,
+)
 from syncnorm.functional._one_value import ONE_VALUE, refuse_one_value
 from syncnorm.functional._sync_batch_norm import needs_grad
 from syncnorm.functional._walk import moments_of_none
@@ -64,7 +70,8 @@ def sync_moments(
         ValueError: On every rank, for a single value with ``refuse_one_value``; nothing has been changed then.
         SyncNormMismatch: If ranks disagree on the backward to come, or another rank refused its input.
     """
-    call = _Call(group, size, needs_grad(x, within), site, refuse_one_value)
+    met = None if torch.compiler.is_compiling() else begin_call(site, group, x)
+    call = _Call(group, size, needs_grad(x, within), site, refuse_one_value, met)
     if not torch.compiler.is_compiling():
         mean, var, _ = _SyncMoments.apply(x, within, weights, call, running)  # type: ignore[no-untyped-call]
         return mean, var
@@ -149,6 +156,7 @@ class _Call(NamedTuple):
     needs_backward: bool
     site: object
     refuse_one_value: bool
+    met: Call | None = None
 
 
 class _SyncMoments(Function):
@@ -162,14 +170,14 @@ class _SyncMoments(Function):
     ) -> tuple[Tensor, Tensor, Tensor]:
         recomputing = is_recomputing()
         with unseen_by_selective_checkpointing():
-            moments, _ = (recall(call.site) if recomputing else None) or (None, ())
+            moments, _ = (recall_call(call.site, call.met) if recomputing else None) or (None, ())
             if moments is None:
                 local = _local_moments(x, within, weights, call)
-                moments = exchange_moments(local, call.group, needs_backward=call.needs_backward)
+                moments = exchange_moments(local, call.group, needs_backward=call.needs_backward, call=call.met)
                 if call.refuse_one_value:
                     refuse_one_value(moments.count, local.count)
             if not recomputing and not torch.compiler.is_compiling():
-                remember(call.site, (moments, ()))
+                remember_call(call.site, call.met, (moments, ()))
                 if running is not None:
                     update_running(running, moments)
             count = moments.count
@@ -192,7 +200,7 @@ class _SyncMoments(Function):
         # next one, follow of themselves.
         x, mean, count, weights = ctx.saved_tensors
         call: _Call = ctx.call
-        sums = _sum_over_ranks(torch.stack([grad_mean, grad_var]), call.group)
+        sums = _sum_over_ranks(torch.stack([grad_mean, grad_var]), call.group, call.met)
         scaled = (sums * (call.size / at_least_one(count))).to(accumulate_dtype(x.dtype))
         to_mean, to_var = (beside(row, x) for row in scaled.unbind(0))
         centred = x.to(scaled.dtype) - beside(mean.to(scaled.dtype), x)
@@ -206,25 +214,25 @@ class _AllReduce(Function):
     """The sum over ranks of a tensor that differs between them. Its derivative is the same sum of the cotangents."""
 
     @staticmethod
-    def forward(row: Tensor, group: Group) -> Tensor:
-        return exchange_sums(row.clone(), group)
+    def forward(row: Tensor, group: Group, call: Call | None) -> Tensor:
+        return exchange_sums(row, group, call)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        ctx.group = inputs[1]
+        _, ctx.group, ctx.call = inputs
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return _sum_over_ranks(grad, ctx.group), None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        return _sum_over_ranks(grad, ctx.group, ctx.call), None, None
 
 
-def _sum_over_ranks(row: Tensor, group: Group) -> Tensor:
+def _sum_over_ranks(row: Tensor, group: Group, call: Call | None) -> Tensor:
     if group.size == 1:
         return row
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-        total: Tensor = _AllReduce.apply(row, group)  # type: ignore[no-untyped-call]
+        total: Tensor = _AllReduce.apply(row, group, call)  # type: ignore[no-untyped-call]
         return total
-    return exchange_sums(row.clone(), group)
+    return exchange_sums(row, group, call)
 
 
 def _local_moments(x: Tensor, within: Tensor | None, weights: Tensor | None, call: _Call) -> Moments:

@@ -9,6 +9,7 @@ from torch.autograd import Function
 from syncnorm.core.activation import Activation
 from syncnorm.core.moments import Moments
 from syncnorm.core.renorm import RenormLimits
+from syncnorm.distributed.agreement import Call
 from syncnorm.distributed.groups import Group
 
 __all__ = ["Walk", "apply_function", "empty_after", "moments_of_none"]
@@ -26,6 +27,7 @@ class Walk(NamedTuple):
         renorm: Limits of batch renormalisation; None for plain batch normalisation.
         activation: Applied to the sum of what was normalised and the residual.
         memory_efficient: Keep the output for the backward in place of the input.
+        call: What the ranks that meet compare.
         known: Moments over all ranks, and the correction of batch renormalisation, where they need not be found.
     """
 
@@ -37,6 +39,7 @@ class Walk(NamedTuple):
     renorm: RenormLimits | None = None
     activation: Activation | None = None
     memory_efficient: bool = False
+    call: Call | None = None
     known: tuple[Moments, tuple[Tensor, ...]] | None = None
 
 

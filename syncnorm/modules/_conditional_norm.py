@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from syncnorm.distributed.agreement import begin_call
 from syncnorm.distributed.exchange import send_poison
 from syncnorm.functional._conditional_norm import conditional_affine
 from syncnorm.modules._statistics import SyncStatistics
@@ -155,7 +156,7 @@ class ConditionalNorm(nn.Module):
         if isinstance(norm, SyncStatistics) and norm.training and not torch.compiler.is_compiling():
             group = norm._group()
             if group.size > 1:
-                send_poison(norm.num_features, input.device, group)
+                send_poison(norm.num_features, input.device, group, begin_call(norm, group, input))
 
     def extra_repr(self) -> str:
         """The condition, and where the channels are."""

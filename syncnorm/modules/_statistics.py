@@ -35,7 +35,7 @@ _WIDE = ("_pending", "_limits", "_clip_rate", "_squares", "_slopes")
 """Buffers that stay float64 whatever the model is cast to."""
 
 _OURS = (
-    "_activation", "_group_spec", "_origin", "_sync", "_synced_over", "_torch_group", "accumulate", "backend",
+    "_activation", "_group_spec", "_origin", "_path", "_sync", "_synced_over", "_torch_group", "accumulate", "backend",
     "memory_efficient",
 )  # fmt: skip
 _HALVES = (torch.float16, torch.bfloat16)
@@ -59,6 +59,7 @@ class SyncStatistics(_BatchNorm):
     memory_efficient: bool = False
     _activation: Activation | None = None
     _group_spec: GroupSpec
+    _path: str = ""  # the layer's name in the model, for errors that tell ranks apart
     _origin: type[nn.Module] | None
     _sync: bool
     _synced_over: int

@@ -1,0 +1,288 @@
+"""Ranks agree, within the one row that they exchange, that they are at the same place: layer, direction, call, shape, dtype.
+
+A rank's place is hashed to two 16-bit words h, and the row carries Σh and Σh²: all R ranks agree exactly if R·Σh² = (Σh)².
+Only where they do not, a second exchange of fixed size gathers who is where, and every rank raises. All rows of a group have
+one width, so that rows of two layers never meet with two lengths: gloo ends a healthy process there, or leaves stale bytes.
+"""
+
+# R ranks, n words of payload
+
+import os
+import zlib
+from collections import deque
+from collections.abc import Sequence
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor
+from torch.nn import Module
+
+from syncnorm._version import __version__
+from syncnorm.distributed.collectives import all_gather, find_group, group_device, group_ranks
+from syncnorm.distributed.groups import Group
+from syncnorm.distributed.wire import sum_row
+from syncnorm.errors import SyncNormMismatch
+
+__all__ = ["POISON", "Call", "begin_call", "check_level", "set_check", "sum_agreed"]
+
+LEVELS = ("off", "inline", "full")
+
+# The word of a rank beside its place: 0, 1 where it needs a backward, POISON where its input was refused. Exact in float64
+# for any number of ranks.
+POISON = float(2**32)
+
+_WORDS = 5  # the word above, and Σh, Σh² of two hashes
+_FIRST_WIDTH = 256
+_LARGEST_WIDTH = 4224  # 2·2048 + 1 and the words, in steps of 128
+_STEP = 128
+_SHOWN_BYTES = 256
+
+_level: str | None = None
+
+
+def set_check(level: str) -> None:
+    """Choose how much the ranks compare at every exchange of a synchronised layer; on all ranks alike.
+
+    Args:
+        level: ``"inline"``, the default: layer, direction, call, channels and dtype, within the row that is exchanged
+            anyway. ``"full"``: also the settings of the layer, such as eps and momentum. ``"off"``: only whether a backward
+            follows; rows are as short as they can be, and ranks at different places are not noticed. At first it is what the
+            environment variable ``SYNCNORM_CHECK`` says.
+
+    Raises:
+        ValueError: For another level.
+    """
+    global _level
+    if level not in LEVELS:
+        raise ValueError(f"the check level must be one of {list(LEVELS)}, got {level!r}.")
+    _level = level
+
+
+def check_level() -> str:
+    """The level of :func:`set_check`."""
+    if _level is None:
+        set_check(os.environ.get("SYNCNORM_CHECK") or "inline")
+    assert _level is not None
+    return _level
+
+
+class Call:
+    """One forward call of a layer, as ranks compare it; its backward passes carry it on.
+
+    Attributes:
+        number: Exchanges that the group had made when it began, the same on all ranks.
+        shown: What an error says of it.
+    """
+
+    __slots__ = ("channels", "dtype", "key", "number", "settings", "shown")
+
+    def __init__(self, key: str, shown: str, number: int, channels: int, dtype: str, settings: str = "") -> None:
+        self.key, self.shown, self.number = key, shown, number
+        self.channels, self.dtype, self.settings = channels, dtype, settings
+
+
+class _Ledger:
+    """What a rank remembers of one live group: the width of its rows, and which layers have met there."""
+
+    def __init__(self) -> None:
+        self.width = _FIRST_WIDTH
+        self.exchanges = 0
+        self.layers: WeakKeyDictionary[Any, list[int]] = WeakKeyDictionary()  # order of first use, forward calls
+        self.first_uses = 0
+        self.deferred: deque[tuple[Tensor, Any, str, int]] = deque()
+
+
+_LEDGERS: WeakKeyDictionary[Any, _Ledger] = WeakKeyDictionary()
+
+
+def begin_call(site: object, group: Group, x: Tensor) -> Call | None:
+    """The call that a forward over ``group`` begins; None where nothing is compared.
+
+    Args:
+        site: The layer. Its name in the model is what :func:`syncnorm.convert` noted; without one, layers are told apart by
+            the order in which they first met.
+        group: The ranks that meet.
+        x: The input ``[N, C, *]``.
+    """
+    if group.size == 1 or torch.compiler.is_compiling() or check_level() == "off":
+        return None
+    ledger = _ledger(group)
+    channels, dtype = (x.size(1) if x.dim() > 1 else 0), str(x.dtype).removeprefix("torch.")
+    if not isinstance(site, Module):
+        return Call("", "a call of a function", ledger.exchanges, channels, dtype)
+    place = ledger.layers.get(site)
+    if place is None:
+        ledger.first_uses += 1
+        place = ledger.layers[site] = [ledger.first_uses, 0]
+    place[1] += 1
+    path = site.__dict__.get("_path", "")
+    shown = f"{path!r}" if path else f"{type(site).__name__} (layer {place[0]} by first use)"
+    settings = repr(site) if check_level() == "full" else ""
+    return Call(path or f"#{place[0]}", f"{shown} call {place[1]}", ledger.exchanges, channels, dtype, settings)
+
+
+def sum_agreed(row: Tensor, group: Group, call: Call | None, direction: str, word: float = 0.0) -> Tensor:
+    """Sum ``row`` over the ranks of ``group``, and make sure that all of them meant the same row.
+
+    Args:
+        row: float64 ``[n]``.
+        group: The ranks that meet, more than one.
+        call: The forward call that it belongs to.
+        direction: ``"forward"``, ``"backward"`` and the like.
+        word: 0, 1 if a backward exchange follows on this rank, or :data:`POISON`.
+
+    Returns:
+        The sum ``[n]``.
+
+    Raises:
+        SyncNormMismatch: On every rank, if they are at different places or disagree on ``word``. For rows that are not in
+            host memory it is raised at a later exchange, when the words have arrived there.
+    """
+    if torch.compiler.is_compiling() or check_level() == "off":
+        if direction != "forward":
+            return sum_row(row.clone(), group)
+        total = sum_row(torch.cat([row, row.new_full((1,), word)]), group)
+        if not torch.compiler.is_compiling() and _on_host(total):
+            _check_word(float(total.numpy()[-1]), group, word, None)
+        return total[:-1]
+    ledger = _ledger(group)
+    call = call or Call("", "a call of a function", 0, 0, "")
+    place = f"{call.shown} {direction} C={call.channels} {call.dtype}"
+    n = row.numel()
+    hashes = _hashes(call, direction, n)
+    while True:
+        fits = n + _WORDS <= ledger.width
+        total = sum_row(_pack(row if fits else row[:0], ledger.width, (word, *hashes)), group)
+        ledger.exchanges += 1
+        if _on_host(total):
+            _compare(total.numpy()[-_WORDS:], group, place, word, ledger.exchanges)
+        else:
+            _compare_later(total[-_WORDS:], group, place, ledger)
+        if fits:
+            return total[:n]
+        if n + _WORDS > _LARGEST_WIDTH:  # agreed upon, so it may go by itself
+            return sum_row(row.clone(), group)
+        ledger.width = -(-(n + _WORDS) // _STEP) * _STEP
+
+
+def _ledger(group: Group) -> _Ledger:
+    live = find_group(group.name)
+    ledger = _LEDGERS.get(live)
+    if ledger is None:
+        ledger = _LEDGERS[live] = _Ledger()
+    return ledger
+
+
+def _hashes(call: Call, direction: str, n: int) -> tuple[float, ...]:
+    text = f"{__version__}|{call.key}|{direction}|{call.number}|{call.channels}|{call.dtype}|{n}|{call.settings}"
+    crc = zlib.crc32(text.encode())
+    low, high = float(crc & 0xFFFF), float(crc >> 16)
+    return low, low * low, high, high * high
+
+
+def _on_host(row: Tensor) -> bool:
+    return row.device.type == "cpu" and type(row) is Tensor
+
+
+def _pack(row: Tensor, width: int, words: tuple[float, ...]) -> Tensor:
+    if _on_host(row):
+        packed = torch.zeros(width, dtype=torch.float64)
+        memory = packed.numpy()  # host memory: no tensor operations, which would cost 3 µs each
+        memory[: row.numel()] = row.numpy()
+        memory[-_WORDS:] = words
+        return packed
+    tail = torch.tensor(words, dtype=torch.float64, pin_memory=row.is_cuda)
+    tail = tail.to(row.device, non_blocking=True)
+    return torch.cat([row, row.new_zeros(width - row.numel() - _WORDS), tail])
+
+
+def _compare(words: Any, group: Group, place: str, word: float, exchange: int) -> None:
+    sum_word, low, low_squares, high, high_squares = (float(w) for w in words)
+    size = group.size
+    differ = size * low_squares != low * low or size * high_squares != high * high
+    if differ and sum_word < POISON:  # a refusal explains more than where the others were
+        _raise_places(group, place, word, exchange)
+    _check_word(sum_word, group, word, place)
+
+
+def _raise_places(group: Group, place: str, word: float, exchange: int) -> None:
+    places, _ = _gather_places(group, place, word)
+    where = "; ".join(f"ranks {ranks} in {shown}" for shown, ranks in _by_place(places).items())
+    raise SyncNormMismatch(
+        f"exchange #{exchange}: ranks are in different places: {where}. All ranks must run the same synchronised "
+        "layers in the same order, all in train mode or all in eval mode, with inputs of one dtype. Nothing was changed on "
+        "this rank by this call."
+    )
+
+
+def _check_word(total: float, group: Group, word: float, place: str | None) -> None:
+    if total in (0.0, float(group.size)):
+        return
+    refused, with_backward = divmod(total, POISON)
+    flags = {} if place is None else _gather_places(group, place, word)[1]
+
+    def named(flag: int) -> str:
+        return f" (ranks {[rank for rank, f in flags.items() if f == flag]}, at {place})" if flags else ""
+
+    if refused:
+        raise SyncNormMismatch(
+            f"{int(refused)} of {group.size} ranks refused their input to this call{named(2)} and raised an error of their "
+            "own; look there for the cause. Nothing was changed on this rank."
+        )
+    raise SyncNormMismatch(
+        f"{int(with_backward)} of {group.size} ranks need a backward pass through this call{named(1)} and the others do not "
+        f"(this rank {'does' if word else 'does not'}). All ranks must agree on requires_grad of the input and the affine "
+        "parameters, and on torch.no_grad(), or the backward exchange would wait forever."
+    )
+
+
+def _gather_places(group: Group, place: str, word: float) -> tuple[dict[int, str], dict[int, int]]:
+    """Of each global rank its place, as text that is only ever shown, and its word: 0, 1, or 2 for POISON."""
+    text = place.encode()[: _SHOWN_BYTES - 1].ljust(_SHOWN_BYTES - 1)
+    own = bytes([2 if word == POISON else int(word)]) + text
+    mine = torch.frombuffer(bytearray(own), dtype=torch.uint8).to(group_device(group.name))
+    rows: Sequence[list[int]] = all_gather(mine, group.name).cpu().tolist()
+    places, flags = {}, {}
+    for rank, row in zip(group_ranks(group.name), rows, strict=True):
+        shown = bytes(row[1:]).decode(errors="replace").rstrip()
+        places[rank] = "".join(c if c.isprintable() else "?" for c in shown)
+        flags[rank] = row[0]
+    return places, flags
+
+
+def _by_place(places: dict[int, str]) -> dict[str, list[int]]:
+    grouped: dict[str, list[int]] = {}
+    for rank, place in places.items():
+        grouped.setdefault(place, []).append(rank)
+    return grouped
+
+
+def _compare_later(words: Tensor, group: Group, place: str, ledger: _Ledger) -> None:
+    """Look at words on an accelerator once they have reached the host, without making it wait."""
+    if type(words) is not Tensor or (words.is_cuda and torch.cuda.is_current_stream_capturing()):
+        return
+    event = None
+    if words.is_cuda:
+        host = torch.empty(_WORDS, dtype=torch.float64, pin_memory=True)
+        host.copy_(words, non_blocking=True)
+        event = torch.cuda.Event()
+        event.record()
+    else:
+        host = words.to("cpu")
+    ledger.deferred.append((host, event, place, ledger.exchanges))
+    while ledger.deferred and (ledger.deferred[0][1] is None or ledger.deferred[0][1].query()):
+        seen, _, then, exchange = ledger.deferred.popleft()
+        total, low, low_squares, high, high_squares = seen.tolist()
+        size = group.size
+        if size * low_squares != low * low or size * high_squares != high * high:
+            raise SyncNormMismatch(
+                f"exchange #{exchange}: ranks were in different places; this rank was in {then}. All ranks must run the same "
+                "synchronised layers in the same order. Found out later, to keep the device from waiting: the steps since "
+                "then are wrong, too. With SYNCNORM_CHECK=inline on CPU every rank is named."
+            )
+        if total not in (0.0, float(size)):
+            raise SyncNormMismatch(
+                f"exchange #{exchange}, in {then}: ranks disagreed on whether a backward follows, or one of them refused its "
+                "input. Found out later, to keep the device from waiting."
+            )
