@@ -6,5 +6,17 @@ from syncnorm.conversion._convert import convert
 from syncnorm.conversion._plan import Entry, Plan, plan
 from syncnorm.conversion._revert import revert
 from syncnorm.conversion._targets import To
+from syncnorm.conversion._validate import validate_state_dict
 
-__all__ = ["Entry", "Plan", "To", "convert", "disabled", "no_stats_update", "plan", "register_adapter", "revert"]
+__all__ = [
+    "Entry",
+    "Plan",
+    "To",
+    "convert",
+    "disabled",
+    "no_stats_update",
+    "plan",
+    "register_adapter",
+    "revert",
+    "validate_state_dict",
+]

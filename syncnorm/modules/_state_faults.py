@@ -16,7 +16,7 @@ def state_faults(layer: nn.Module, state: Mapping[str, object]) -> dict[str, str
     """What is wrong with the entries of ``state`` that ``layer`` itself would load, by name; its submodules are not looked at.
 
     Args:
-        layer: Says which entries there are, of which shape and kind.
+        layer: Says which entries there are, and of which shape.
         state: By the layer's own names, such as ``"running_var"``; what is not in it is not missed.
     """
     own = {**layer._parameters, **layer._buffers}
@@ -33,7 +33,7 @@ def entry_fault(name: str, value: object, like: Tensor) -> str | None:
     Args:
         name: The layer's own name for it.
         value: What came.
-        like: What the layer has: the same shape, and floating point or integer alike, are asked for.
+        like: What the layer has, which must be of the same shape.
     """
     if not isinstance(value, Tensor):
         return f"must be a tensor, is {type(value).__name__}"
@@ -41,10 +41,11 @@ def entry_fault(name: str, value: object, like: Tensor) -> str | None:
         return f"must be a plain dense tensor, is {value.layout}"
     if not is_lazy(like) and value.shape != like.shape and value.numel() + like.numel() > 2:  # torch takes [1] for []
         return f"must have shape {list(like.shape)}, has {list(value.shape)}"
-    if value.is_floating_point() != like.is_floating_point() or value.is_complex() or value.dtype == torch.bool:
-        kind = "floating point" if like.is_floating_point() else "an integer"
+    counts = name.startswith("num_batches_tracked")
+    if value.is_floating_point() == counts or value.is_complex() or value.dtype == torch.bool:
+        kind = "an integer" if counts else "floating point"
         return f"must be {kind}, is {str(value.dtype).removeprefix('torch.')}"
-    if value.is_meta:
+    if value.is_meta or hasattr(value, "fake_mode"):
         return None
     value = value.to_local() if hasattr(value, "to_local") else value  # a sharded one: what this rank holds of it
     wide = value.detach().flatten().double()
