@@ -172,10 +172,9 @@ def test_a_level_that_does_not_exist() -> None:
 def _found_out_later() -> list[str]:
     """As on an accelerator, where the words are looked at when they have arrived on the host."""
     agreement._on_host = lambda row: False
-    layers, kinds = model(), []
-    for name in ("a", "b" if dist.get_rank() else "d", "d"):
-        kinds.append(outcome(lambda name=name: layers[name](x()))[0])
-    return kinds
+    layers = model()
+    names = ["a", "b" if dist.get_rank() else "d", "d"]
+    return [outcome(lambda name=name: layers[name](x()))[0] for name in names]
 
 
 @pytest.mark.gloo
