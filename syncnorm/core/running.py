@@ -26,6 +26,7 @@ class RunningStatistics(NamedTuple):
             statistics are gathered over several micro-batches.
         accumulate: Micro-batches per update.
         tracked: Whether a batch moves them; False for statistics that are only looked at.
+        skip_nonfinite: Whether a batch whose moments are not finite leaves them as they are.
     """
 
     mean: Tensor | None
@@ -35,6 +36,7 @@ class RunningStatistics(NamedTuple):
     pending: Tensor | None = None
     accumulate: int = 1
     tracked: bool = True
+    skip_nonfinite: bool = False
 
 
 @torch.no_grad()
@@ -54,6 +56,11 @@ def update_running(running: RunningStatistics, batch: Moments) -> None:
         return
     # A single value is refused too, by an error that torch.compile may order after this update.
     due: Tensor | bool = batch.count > 1
+    if running.skip_nonfinite:
+        finite = (batch.mean.isfinite() & batch.m2.isfinite()).all()
+        due = due & finite
+        # Zeros in place of NaN, which a factor of 0 would not stop.
+        batch = Moments(batch.count * finite, *(torch.where(finite, part, 0.0) for part in (batch.mean, batch.m2)))
     if running.pending is not None:
         batch, due = _gather(running.pending, running.accumulate, batch)
     counter = running.num_batches_tracked

@@ -25,6 +25,7 @@ from syncnorm.functional._checkpoint import (
     remember_call,
     unseen_by_selective_checkpointing,
 )
+from syncnorm.functional._nonfinite import refuse_nonfinite
 from syncnorm.functional._one_value import ONE_VALUE, refuse_one_value
 from syncnorm.functional._walk import Walk, apply_function, empty_after, moments_of_none
 from syncnorm.kernels import choose
@@ -87,11 +88,15 @@ class _Normalize(Function):
         recomputing = is_recomputing()
         flat = flatten(x) if x.numel() else x
         with unseen_by_selective_checkpointing():
-            moments, correction = walk.known or (recall_call(walk.site, walk.call) if recomputing else None) or (None, ())
+            moments, correction = (
+                walk.known or (recall_call(walk.site, walk.call) if recomputing else None) or (None, ())
+            )
             if moments is None:
                 local = choose(walk.backend, x).batch_moments(flat) if x.numel() else moments_of_none(x)
                 moments = exchange_moments(local, walk.group, needs_backward=walk.needs_backward, call=walk.call)
                 refuse_one_value(moments.count, count_per_channel(x), x.shape)
+                if walk.refuses_nonfinite:
+                    refuse_nonfinite(local, moments, walk.group)
             rstd = moments.var.add_(walk.eps).rsqrt_()
             if walk.renorm is not None:
                 if not correction:

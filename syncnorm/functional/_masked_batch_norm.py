@@ -4,8 +4,10 @@ from torch import Tensor
 
 from syncnorm.core.layout import accumulate_dtype
 from syncnorm.core.running import RunningStatistics
+from syncnorm.functional._nonfinite import OnNonFinite
+from syncnorm.functional._samples import beside
 from syncnorm.functional._sync_batch_norm import enter, evaluate, tell_others, validate
-from syncnorm.functional._sync_moments import beside, sync_moments
+from syncnorm.functional._sync_moments import sync_moments
 
 __all__ = ["masked_batch_norm"]
 
@@ -28,6 +30,7 @@ def masked_batch_norm(
     num_features: int | None = None,
     input_dims: tuple[int, ...] | None = None,
     site: object = None,
+    on_nonfinite: OnNonFinite = "propagate",
 ) -> Tensor:
     """Batch normalisation by the statistics of the values that ``mask`` lets count, over all ranks of a group.
 
@@ -55,6 +58,7 @@ def masked_batch_norm(
         num_features: As in :func:`sync_batch_norm`.
         input_dims: As in :func:`sync_batch_norm`.
         site: As in :func:`sync_batch_norm`.
+        on_nonfinite: As in :func:`sync_batch_norm`.
 
     Returns:
         Tensor like ``input``.
@@ -75,8 +79,14 @@ def masked_batch_norm(
         raise
     running = None
     if running_mean is not None or num_batches_tracked is not None:
-        running = RunningStatistics(running_mean, running_var, num_batches_tracked, momentum, pending, accumulate)
-    mean, var = sync_moments(input, ranks, weights=weights, running=running, site=site, refuse_one_value=True)
+        running = RunningStatistics(
+            running_mean, running_var, num_batches_tracked, momentum, pending, accumulate,
+            skip_nonfinite=on_nonfinite == "skip_update",
+        )  # fmt: skip
+    mean, var = sync_moments(
+        input, ranks, weights=weights, running=running, site=site, refuse_one_value=True,
+        refuses_nonfinite=on_nonfinite == "raise",
+    )  # fmt: skip
     wide = accumulate_dtype(input.dtype)
     scale = (var + eps).rsqrt()
     scale = (scale if weight is None else scale * weight).to(wide)

@@ -16,6 +16,7 @@ from syncnorm.distributed.groups import Group, group_spec, resolve
 from syncnorm.functional._batch_normalize import batch_normalize
 from syncnorm.functional._checkpoint import is_recomputing, unseen_by_selective_checkpointing
 from syncnorm.functional._fused import check_invertible, check_residual, follow
+from syncnorm.functional._nonfinite import OnNonFinite, check_policy
 from syncnorm.functional._walk import Walk
 from syncnorm.kernels import choose
 
@@ -44,6 +45,7 @@ def sync_batch_norm(
     activation: str | Activation | None = None,
     negative_slope: float = 0.01,
     memory_efficient: bool = False,
+    on_nonfinite: OnNonFinite = "propagate",
 ) -> Tensor:
     """Batch normalisation with the statistics of all ranks of a group, and what often follows it.
 
@@ -82,6 +84,9 @@ def sync_batch_norm(
         negative_slope: Of ``"leaky_relu"``.
         memory_efficient: Keep the output for the backward in place of the input, which is found again from it. For no
             activation, or ``"leaky_relu"`` with a positive slope; without a residual. There is no second derivative then.
+        on_nonfinite: Where the statistics of all ranks' batch are not finite: ``"propagate"`` them, as torch; or
+            ``"skip_update"``, the running statistics stay as they were; or ``"raise"`` on every rank, naming the ranks and
+            channels, before anything is changed (on an accelerator the host waits for it).
 
     Returns:
         Tensor like ``input``; dense layouts are preserved.
@@ -92,7 +97,8 @@ def sync_batch_norm(
             zero included.
         TypeError: If the input is not floating point.
         SyncNormError: If this rank is outside the group, the group is gone, or the named backend refuses.
-        SyncNormMismatch: If ranks disagree on the backward to come, or another rank refused its input.
+        SyncNormMismatch: If ranks are at different places, disagree on the backward to come, or one refused its input.
+        SyncNormNonFinite: With ``on_nonfinite="raise"``.
 
     Reference: Ioffe & Szegedy (2015), algorithm 1; Peng et al. (2018), section 3.3, for statistics over devices.
     """
@@ -100,6 +106,7 @@ def sync_batch_norm(
         known = running_mean if running_mean is not None else weight
         num_features = None if known is None else known.numel()
     act = find_activation(activation, negative_slope)
+    check_policy(on_nonfinite)
     if not training:
         validate(input, num_features, input_dims)
         check_residual(input, residual)
@@ -113,12 +120,19 @@ def sync_batch_norm(
         tell_others(input, ranks, site=site)
         raise
     has_statistics = running_mean is not None or pending is not None or num_batches_tracked is not None
-    running = RunningStatistics(running_mean, running_var, num_batches_tracked, momentum, pending, accumulate)
+    running = RunningStatistics(
+        running_mean, running_var, num_batches_tracked, momentum, pending, accumulate,
+        skip_nonfinite=on_nonfinite == "skip_update",
+    )  # fmt: skip
     plain = residual is None and act is None and not memory_efficient and pending is None
+    plain = plain and on_nonfinite == "propagate"
     if ranks.size == 1 and backend == "auto" and plain and _torch_serves(input, weight, bias, running):
         return _torch_batch_norm(input, weight, bias, eps, running)
     needs_backward = needs_grad(input, weight, bias, residual)
-    walk = Walk(eps, ranks, backend, needs_backward, site, activation=act, memory_efficient=memory_efficient)
+    walk = Walk(
+        eps, ranks, backend, needs_backward, site,
+        activation=act, memory_efficient=memory_efficient, refuses_nonfinite=on_nonfinite == "raise",
+    )  # fmt: skip
     return batch_normalize(input, weight, bias, walk, running if has_statistics else None, residual)
 
 

@@ -27,6 +27,7 @@ class Walk(NamedTuple):
         renorm: Limits of batch renormalisation; None for plain batch normalisation.
         activation: Applied to the sum of what was normalised and the residual.
         memory_efficient: Keep the output for the backward in place of the input.
+        refuses_nonfinite: Whether moments that are not finite are an error.
         call: What the ranks that meet compare.
         known: Moments over all ranks, and the correction of batch renormalisation, where they need not be found.
     """
@@ -39,6 +40,7 @@ class Walk(NamedTuple):
     renorm: RenormLimits | None = None
     activation: Activation | None = None
     memory_efficient: bool = False
+    refuses_nonfinite: bool = False
     call: Call | None = None
     known: tuple[Moments, tuple[Tensor, ...]] | None = None
 

@@ -15,10 +15,11 @@ from typing_extensions import Self
 from syncnorm.core.activation import Activation, find_activation
 from syncnorm.distributed.collectives import find_group, group_ranks
 from syncnorm.distributed.groups import LOCAL, Group, GroupSpec, group_spec, resolve
-from syncnorm.errors import SyncNormError
+from syncnorm.errors import SyncNormError, SyncNormNonFinite
 from syncnorm.functional import sync_batch_norm
 from syncnorm.functional._fused import check_invertible, check_residual, follow
 from syncnorm.functional._masked_batch_norm import masked_batch_norm
+from syncnorm.functional._nonfinite import OnNonFinite, check_policy
 from syncnorm.functional._sync_batch_norm import evaluate, validate
 from syncnorm.kernels import BACKENDS
 from syncnorm.modules._sharded import sharded_like
@@ -36,7 +37,7 @@ _WIDE = ("_pending", "_limits", "_clip_rate", "_squares", "_slopes")
 
 _OURS = (
     "_activation", "_group_spec", "_origin", "_path", "_sync", "_synced_over", "_torch_group", "accumulate", "backend",
-    "memory_efficient",
+    "memory_efficient", "on_nonfinite",
 )  # fmt: skip
 _HALVES = (torch.float16, torch.bfloat16)
 
@@ -48,6 +49,7 @@ class SyncStatistics(_BatchNorm):
         backend: Kernel backend by name, or ``"auto"``.
         accumulate: Micro-batches per update of the running statistics.
         memory_efficient: Keep the output for the backward in place of the input.
+        on_nonfinite: ``"propagate"``, ``"skip_update"`` or ``"raise"``; see the constructor of SyncBatchNorm.
     """
 
     reverts_to: ClassVar[type[nn.Module]]
@@ -57,6 +59,7 @@ class SyncStatistics(_BatchNorm):
     backend: str
     accumulate: int
     memory_efficient: bool = False
+    on_nonfinite: OnNonFinite = "propagate"
     _activation: Activation | None = None
     _group_spec: GroupSpec
     _path: str = ""  # the layer's name in the model, for errors that tell ranks apart
@@ -105,6 +108,7 @@ class SyncStatistics(_BatchNorm):
         activation: str | Activation | None = None,
         negative_slope: float = 0.01,
         memory_efficient: bool = False,
+        on_nonfinite: OnNonFinite = "propagate",
     ) -> None:
         if eps < 0:
             raise ValueError(f"eps must be positive, got {eps}.")
@@ -117,6 +121,8 @@ class SyncStatistics(_BatchNorm):
             self.register_parameter("bias", None)
         self._set_up(group_spec(process_group), backend, accumulate)
         self._activation, self.memory_efficient = act, memory_efficient
+        check_policy(on_nonfinite)
+        self.on_nonfinite = on_nonfinite
         if virtual_batch_size is not None:
             self._become_ghosts(virtual_batch_size)
 
@@ -135,7 +141,11 @@ class SyncStatistics(_BatchNorm):
             y = self._normalize(input) if mask is None else self._normalize_masked(input, mask)
             return follow(y, residual, self._activation)
         except (ValueError, TypeError, SyncNormError) as error:
-            raise type(error)(f"{type(self).__name__}({self.num_features}): {error}") from error
+            raise self._named(error) from error
+
+    def _named(self, error: Exception) -> Exception:
+        text = f"{type(self).__name__}({self.num_features}): {error}"
+        return SyncNormNonFinite(text, error.ranks) if isinstance(error, SyncNormNonFinite) else type(error)(text)
 
     def _normalize(self, input: Tensor) -> Tensor:
         """What a family other than SyncBatchNorm computes, without what follows."""
@@ -169,6 +179,7 @@ class SyncStatistics(_BatchNorm):
             residual=residual,
             activation=self._activation,
             memory_efficient=self.memory_efficient,
+            on_nonfinite=self.on_nonfinite,
         )
 
     def _normalize_masked(self, input: Tensor, mask: Tensor) -> Tensor:
@@ -192,6 +203,7 @@ class SyncStatistics(_BatchNorm):
             num_features=self.num_features,
             input_dims=self.input_dims,
             site=None if torch.compiler.is_compiling() else self,
+            on_nonfinite=self.on_nonfinite,
         )
 
     @classmethod
@@ -202,6 +214,7 @@ class SyncStatistics(_BatchNorm):
         process_group: object = None,
         backend: str | None = None,
         accumulate: int | None = None,
+        on_nonfinite: OnNonFinite | None = None,
         **own: Any,
     ) -> nn.Module:
         """Make ``module`` a layer of this class, in place; :meth:`release` undoes it.
@@ -212,6 +225,7 @@ class SyncStatistics(_BatchNorm):
             process_group: As in the constructor; None keeps the group of a layer that has one, and is ``"world"`` else.
             backend: As in the constructor; None keeps, or is ``"auto"``.
             accumulate: As in the constructor; None keeps, or is 1.
+            on_nonfinite: As in the constructor; None keeps, or is ``"propagate"``. Only SyncBatchNorm has it.
             **own: What this family alone has, as in its constructor.
 
         Returns:
@@ -221,12 +235,15 @@ class SyncStatistics(_BatchNorm):
             TypeError: If this class is not what the exact type of ``module`` is swapped to.
         """
         _check_options(backend or "auto", 1 if accumulate is None else accumulate)
+        check_policy(on_nonfinite or "propagate")
         spec = None if process_group is None else group_spec(process_group)
         if isinstance(module, SyncStatistics):
             if type(module) is not cls and cls.family != module.family:
                 if cls.reverts_to is not module.reverts_to:
                     raise TypeError(f"{cls.__name__} cannot take the place of {type(module).__name__}.")
                 module._leave()
+                for name in ("memory_efficient", "on_nonfinite"):  # which SyncBatchNorm alone has
+                    module.__dict__.pop(name, None)
                 module.__class__ = cls
                 module._arrive(**own)
             elif own:
@@ -237,6 +254,8 @@ class SyncStatistics(_BatchNorm):
                 module.backend = backend
             if accumulate is not None and accumulate != module.accumulate:
                 module._set_pending(accumulate)
+            if on_nonfinite is not None:
+                module.on_nonfinite = on_nonfinite
             return module
         sources = [t for t, target in TARGETS.items() if target is cls] or [cls.reverts_to]
         if type(module) not in sources:
@@ -252,6 +271,8 @@ class SyncStatistics(_BatchNorm):
         layer = cast(SyncStatistics, module)
         layer._set_up(spec or torch_group or GroupSpec(), backend or "auto", accumulate or 1, origin, torch_group)
         layer._arrive(**own)
+        if on_nonfinite is not None:
+            layer.on_nonfinite = on_nonfinite
         return layer
 
     def release(self) -> nn.Module:
@@ -306,7 +327,7 @@ class SyncStatistics(_BatchNorm):
         """The fields of torch's layer, and ours where they are not the default."""
         ours = {"process_group": (self._group_spec, GroupSpec()), "backend": (self.backend, "auto")}
         ours |= {"accumulate": (self.accumulate, 1), "activation": (self.activation, None)}
-        ours["memory_efficient"] = (self.memory_efficient, False)
+        ours |= {"memory_efficient": (self.memory_efficient, False), "on_nonfinite": (self.on_nonfinite, "propagate")}
         extra = [f"{name}={value}" for name, (value, default) in ours.items() if value != default]
         return ", ".join([super().extra_repr(), *extra])  # type: ignore[no-untyped-call]
 

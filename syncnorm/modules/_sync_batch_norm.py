@@ -37,6 +37,9 @@ _ARGUMENTS = """
         memory_efficient: Keep the output for the backward in place of the input, where the layer that follows keeps it
             anyway: no memory of its own. For no activation, or ``"leaky_relu"`` with a positive slope; no residual, no
             second derivative, no weight near zero.
+        on_nonfinite: Where the statistics of the batch are not finite: ``"propagate"`` them, as torch; ``"skip_update"``, so
+            that one bad batch does not ruin the running statistics; or ``"raise"`` on every rank, naming ranks and channels,
+            before anything is changed. On an accelerator the host waits for ``"raise"``.
 
     Shape:
         Input {shape}, residual and output the same. Statistics over all dims but C and over all ranks of the group.
