@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from syncnorm.core.layout import flatten, flatten_like, unflatten
-from syncnorm.core.moments import Moments, at_least_one, empty_moments
+from syncnorm.core.moments import Moments, at_least_one
 from syncnorm.core.moving_average import MovingAverages, average, keep, moved, renorm_scales
 from syncnorm.core.running import RunningStatistics, update_running
 from syncnorm.distributed.agreement import begin_call
@@ -26,7 +26,7 @@ from syncnorm.functional._checkpoint import (
     unseen_by_selective_checkpointing,
 )
 from syncnorm.functional._sync_batch_norm import enter, evaluate, needs_grad, validate
-from syncnorm.functional._walk import Walk, apply_function, empty_after
+from syncnorm.functional._walk import Walk, apply_function, empty_after, moments_of_none
 from syncnorm.kernels import choose
 
 __all__ = ["moving_average_batch_norm"]
@@ -176,7 +176,7 @@ def _statistics(x: Tensor, flat: Tensor, walk: Walk, state: _State) -> tuple[tup
     """c, 1/√(χ̄² + ε), r and the count of this batch; and the window of χ² with it. Nothing is moved yet."""
     averages, running = state
     assert running.mean is not None and running.var is not None
-    local = choose(walk.backend, x).batch_moments(flat) if x.numel() else empty_moments(x.size(1), x.device)
+    local = choose(walk.backend, x).batch_moments(flat) if x.numel() else moments_of_none(x)
     moments = exchange_moments(local, walk.group, needs_backward=walk.needs_backward, call=walk.call)
     # A copy: DDP writes to the buffers at the next forward, which may come before this one's backward.
     centre = running.mean.to(torch.float64, copy=True)
@@ -222,16 +222,16 @@ class _Gradient(Function):
             grad = flatten_like(grad, flat)
             dbias, products = backend.batch_backward_reduce(grad, flat, centre, rstd).unbind(0)
         else:
-            dbias = products = grad.transpose(0, 1).flatten(1).sum(1, dtype=torch.float64)
+            # Of x, too: see moments_of_none.
+            dbias = products = (grad * x).transpose(0, 1).flatten(1).sum(1, dtype=torch.float64)
         scale = r if weight is None else r * weight
-        # A copy: the exchange may reuse its memory, and the local sum is dγ.
         slope = scale * exchange_sums(products, walk.group, walk.call) / at_least_one(count)
         later = moved(window, slope)
         over_batches = average(later)
         if state.running.tracked:
             keep(window, later, count)
         if not x.numel():
-            return empty_after(over_batches, x), products * r, dbias.clone()
+            return empty_after(over_batches, x), products * r, dbias
         # The primitive wants ψ̄ before γ·r, of which earlier batches may have had another.
         scale = torch.where(scale.abs() < _TINY, _TINY, scale)
         means = torch.stack([torch.zeros_like(slope), over_batches / scale])
