@@ -29,7 +29,7 @@ def test_constructor_refuses_what_cannot_work() -> None:
     with pytest.raises(ValueError, match=r"eps must be positive, got -1e-05"):
         syncnorm.SyncBatchNorm2d(3, eps=-1e-5)
     with pytest.raises(
-        ValueError, match=r"backend must be one of \['auto', 'native', 'aten', 'reference'\], got 'cuda'"
+        ValueError, match=r"backend must be one of \['auto', 'native', 'aten', 'triton', 'reference'\], got 'cuda'"
     ):
         syncnorm.SyncBatchNorm2d(3, backend="cuda")
     with pytest.raises(ValueError, match=r"accumulate is a number of micro-batches, at least 1; got 0"):

@@ -94,6 +94,7 @@ def test_import_brings_torch_and_nothing_heavier() -> None:
         "pytorch_lightning",
         "torchmetrics",
         "triton",
+        "torch._dynamo",
         "matplotlib",
         "rich",
         "sklearn",

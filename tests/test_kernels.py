@@ -157,13 +157,13 @@ def test_choice_of_backend_is_explained_or_refused() -> None:
     x = torch.randn(2, 3, 4)
     assert choose("auto", x) is BACKENDS[SERVING[0]]
     assert choose("reference", x) is BACKENDS["reference"]
-    assert list(objections(x)) == ["native", "aten", "reference"]
+    assert list(objections(x)) == ["native", "aten", "triton", "reference"]
     assert objections(x)["aten"] is None
     meta = torch.empty(2, 3, 4, device="meta")
     assert choose("auto", meta) is BACKENDS["reference"]
     with pytest.raises(RuntimeError, match=r"backend='aten' was asked for and cannot run: .* on meta"):
         choose("aten", meta)
     with pytest.raises(
-        ValueError, match=r"backend must be one of \['auto', 'native', 'aten', 'reference'\], got 'cudnn'"
+        ValueError, match=r"backend must be one of \['auto', 'native', 'aten', 'triton', 'reference'\], got 'cudnn'"
     ):
         choose("cudnn", x)

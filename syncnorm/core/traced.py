@@ -1,9 +1,23 @@
-"""A guard against a compiler that computes a backward from buffers after their update."""
+"""What a function says to a compiler that traces it."""
+
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-__all__ = ["not_recomputed"]
+__all__ = ["constant_while_traced", "not_recomputed"]
+
+_Function = TypeVar("_Function", bound=Callable[..., Any])
+
+
+def constant_while_traced(function: _Function) -> _Function:
+    """Let Dynamo call ``function`` and write its result into the graph, as ``torch.compiler.assume_constant_result`` does.
+
+    That one imports all of Dynamo, and with it triton where it is installed: a second, at the import of whoever decorates.
+    """
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
 
 
 def not_recomputed(value: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ from weakref import WeakKeyDictionary
 import torch
 import torch.distributed as dist
 
+from syncnorm.core.traced import constant_while_traced
 from syncnorm.distributed import collectives
 from syncnorm.errors import SyncNormError
 
@@ -117,12 +118,12 @@ def resolve(spec: GroupSpec) -> Group:
 
 # Literals, which Dynamo writes into its graph: an object would be kept under a global name that a second compilation of the
 # same code may lose.
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator, unused-ignore]
+@constant_while_traced
 def _traced_name(spec: GroupSpec) -> str:
     return _resolve(spec).name
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator, unused-ignore]
+@constant_while_traced
 def _traced_size(spec: GroupSpec) -> int:
     return _resolve(spec).size
 

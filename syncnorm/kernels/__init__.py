@@ -12,7 +12,7 @@ from torch import Tensor
 
 from syncnorm.core.activation import Activation
 from syncnorm.core.moments import Moments
-from syncnorm.kernels import aten, native, reference
+from syncnorm.kernels import aten, native, reference, triton
 from syncnorm.kernels._choice import pick
 
 __all__ = ["BACKENDS", "Backend", "choose", "objections"]
@@ -87,6 +87,7 @@ def _backend(module: ModuleType) -> Backend:
 BACKENDS: dict[str, Backend] = {
     "native": _backend(native),
     "aten": _backend(aten),
+    "triton": _backend(triton),
     "reference": _backend(reference),
 }
 

@@ -25,12 +25,18 @@ def pick(backends: Mapping[str, _Backend], name: str, x: Tensor) -> _Backend:
         SyncNormError: If a backend asked for by name objects.
     """
     if name == "auto":
-        return next(backend for backend in backends.values() if backend.objection(x) is None)
+        return next(b for b in backends.values() if b.objection(x) is None and not _stands_back(b, x))
     check_name(backends, name)
     reason = backends[name].objection(x)
     if reason is not None:
         raise SyncNormError(f"backend={name!r} was asked for and cannot run: {reason} Use backend='auto'.")
     return backends[name]
+
+
+def _stands_back(backend: object, x: Tensor) -> bool:
+    """Whether a backend that could serve leaves ``x`` to the next one unless it is asked for by name."""
+    rule = getattr(backend, "stands_back", None)
+    return rule is not None and rule(x)
 
 
 def check_name(backends: Mapping[str, object], name: str) -> None:

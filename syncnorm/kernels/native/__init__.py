@@ -14,6 +14,7 @@ from torch import Tensor
 from syncnorm.core.activation import Activation
 from syncnorm.core.layout import count_per_channel
 from syncnorm.core.moments import Moments
+from syncnorm.core.traced import constant_while_traced
 from syncnorm.kernels import reference
 from syncnorm.kernels.native._build import build, compiler, library_path
 
@@ -40,7 +41,7 @@ def objection(x: Tensor) -> str | None:
     return reason
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator, unused-ignore]
+@constant_while_traced
 def load() -> str | None:
     """Load the operators if they are built; otherwise why they cannot be."""
     return _load()

@@ -1,0 +1,161 @@
+"""Tile sizes and grids: plain numbers from shapes, no triton here.
+
+None has been timed yet. They follow from bytes in flight: 16-byte accesses, 64 bytes a thread and tensor in reductions and
+32 in elementwise passes, four warps, so that eight programs fill a multiprocessor with more than the 16 KiB in flight that
+3 TB/s at 700 ns ask of it.
+"""
+
+# N batch, C channels, S space; rows and columns of a tile as in _tiles
+
+from functools import cache
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+__all__ = ["Rows", "Walk", "multiprocessors", "plan_row_weights", "plan_rows", "plan_walk", "power_of_two"]
+
+REDUCTION_BYTES = 8192  # of a tile: 4 warps, 64 bytes a thread
+ELEMENTWISE_BYTES = 4096  # of a tile: 4 warps, 32 bytes a thread, as up to four tensors are in flight
+CHANNELS_LAST_BYTES = 256  # of channels in a row of a channels-last tile
+PROGRAMS_PER_MULTIPROCESSOR = 8
+TILES_PER_SPLIT = 4  # at least, or writing the partials would show beside reading the tensor
+FORWARD_ROW = 16384  # features that a program holds in registers
+BACKWARD_ROW = 8192  # the same with two sums beside them: at 16384 they spill
+ROW_TILE = 2048  # features of several short rows in one tile
+ROW_CHUNK = 4096  # features of a long row at a time
+SHARED_BYTES = 96 << 10  # of a program's prefetched tiles: what the smallest multiprocessors since 8.0 have
+STEPS = 8  # tiles of one elementwise program where a tile has many channels, so that their vectors are read once
+
+
+class Walk(NamedTuple):
+    """How kernels walk a flat tensor.
+
+    Attributes:
+        arguments: C, S and the rest of what :func:`syncnorm.kernels.triton._tiles.locate` needs at run time.
+        channels_last: Whether channels are innermost.
+        align: Power of two that divides the innermost size, at most 16 bytes.
+        rows: Rows of a tile.
+        cols: Columns of a tile.
+        tiles: Tiles of one block of channels.
+        blocks: Blocks of channels, over all instances.
+        num_channels: Channels over all instances.
+        splits: Programs that share a block in a reduction.
+        steps: Tiles of one program in an elementwise pass.
+        warps: Warps of a program.
+    """
+
+    C: int
+    S: int
+    channels_last: bool
+    align: int
+    rows: int
+    cols: int
+    tiles: int
+    blocks: int
+    num_channels: int
+    splits: int
+    steps: int
+    warps: int
+
+
+def plan_walk(x: Tensor, *, reduction: bool) -> Walk:
+    """A walk over flat ``x``: [N, C, S] contiguous, [M, C], or [N, C, S] with strides (S·C, 1, C)."""
+    size = x.element_size()
+    if x.dim() == 2:
+        instances, channels_last, (S, C) = 1, True, map(int, x.shape)
+    else:
+        instances, C, S = map(int, x.shape)
+        channels_last = not x.is_contiguous()
+    inner, outer = (C, S) if channels_last else (S, C)
+    elements = (REDUCTION_BYTES if reduction else ELEMENTWISE_BYTES) // size
+    cols = max(8, min(power_of_two(inner), CHANNELS_LAST_BYTES // size if channels_last else elements))
+    rows = max(1, min(power_of_two(outer), elements // cols))
+    if channels_last:
+        tiles, blocks = -(-S // rows), -(-C // cols) * instances
+    else:
+        tiles, blocks = instances * -(-S // cols), -(-C // rows)
+    programs = PROGRAMS_PER_MULTIPROCESSOR * multiprocessors(x.device)
+    return Walk(
+        C=C,
+        S=S,
+        channels_last=channels_last,
+        align=_power_of_two_in(inner, 16 // size),
+        rows=rows,
+        cols=cols,
+        tiles=tiles,
+        blocks=blocks,
+        num_channels=C * instances if channels_last else C,
+        splits=max(1, min(programs // blocks, -(-tiles // TILES_PER_SPLIT))),
+        steps=1 if rows == 1 else max(1, min(STEPS, tiles * blocks // programs)),
+        warps=max(1, min(4, rows * cols * size // 1024)),
+    )
+
+
+class Rows(NamedTuple):
+    """How row kernels walk [M, D].
+
+    Attributes:
+        rows: Rows of a tile.
+        cols: Columns of a tile.
+        align: Power of two that divides D, at most 16 bytes.
+        warps: Warps of a program.
+        whole: Whether a tile holds whole rows.
+        programs: Programs that share the rows, where each walks many.
+        stages: Of the loop over rows: 2 fetches the next tile into shared memory while this one is worked on.
+    """
+
+    rows: int
+    cols: int
+    align: int
+    warps: int
+    whole: bool
+    programs: int
+    stages: int
+
+
+def plan_rows(x: Tensor, *, backward: bool) -> Rows:
+    """A walk over rows ``x`` [M, D]."""
+    M, D = map(int, x.shape)
+    whole = (BACKWARD_ROW if backward else FORWARD_ROW) >= D
+    cols = max(8, power_of_two(D)) if whole else ROW_CHUNK
+    rows = max(1, min(power_of_two(M), ROW_TILE // cols))
+    warps = max(1, min(16, rows * cols // 512))
+    programs = multiprocessors(x.device) * max(1, 16 // warps)
+    fetched = rows * cols * 3 * x.element_size() + cols * 4
+    stages = 2 if whole and fetched <= SHARED_BYTES else 1
+    align = _power_of_two_in(D, 16 // x.element_size())
+    return Rows(rows, cols, align, warps, whole, min(programs, -(-M // rows)), stages)
+
+
+def plan_row_weights(x: Tensor) -> Rows:
+    """A walk over ``x`` [M, D] by columns, for what is summed over rows."""
+    M, D = map(int, x.shape)
+    size = x.element_size()
+    cols = CHANNELS_LAST_BYTES // size
+    rows = max(1, min(power_of_two(M), REDUCTION_BYTES // size // cols))
+    programs = max(1, PROGRAMS_PER_MULTIPROCESSOR * multiprocessors(x.device) * cols // D)
+    tiles = -(-M // rows)
+    splits = max(1, min(programs, -(-tiles // TILES_PER_SPLIT)))
+    return Rows(rows, cols, _power_of_two_in(D, 16 // size), 4, False, splits, 1)
+
+
+def power_of_two(n: int) -> int:
+    """The smallest power of two that is not smaller than ``n``."""
+    return 1 << max(n - 1, 0).bit_length()
+
+
+def _power_of_two_in(n: int, most: int) -> int:
+    return min(n & -n, most)
+
+
+def multiprocessors(device: torch.device) -> int:
+    """Of the device. Two under the interpreter, so that reductions split there too; an H100's for a device elsewhere."""
+    return 2 if device.type == "cpu" else _multiprocessors(device)
+
+
+@cache
+def _multiprocessors(device: torch.device) -> int:
+    if device.type != "cuda" or not torch.cuda.is_available():
+        return 132
+    return torch.cuda.get_device_properties(device).multi_processor_count

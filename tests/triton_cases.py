@@ -1,0 +1,290 @@
+"""Claims about the triton kernels, on whatever runs them: the interpreter on CPU (TRITON_INTERPRET=1), else a GPU.
+
+Not collected by itself: test_triton_interpreted.py runs it in a process of its own, as triton reads that variable when it
+is imported, and tests/gpu/ on a GPU.
+"""
+
+import os
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from syncnorm.core.activation import ACTIVATIONS, Activation
+from syncnorm.kernels import triton as kernels
+from syncnorm.kernels.triton import _batch, _plan, _rows
+from syncnorm.kernels.triton import rows as row_kernels
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+DEVICE = "cpu" if INTERPRETED else "cuda"
+DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
+EPS = 1e-5
+GUARD = 64
+
+# What is stored in half precision is rounded once; the interpreter's bfloat16 is truncated, which is a whole ulp.
+ULPS = 1.0 if INTERPRETED else 0.5
+
+
+@pytest.fixture(autouse=True)
+def _poisoned_outputs(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Outputs begin as NaN and stand before a strip of it, so that an element left out or one too many shows."""
+    strips = []
+
+    def poisoned(*shape: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+        n = int(np.prod(shape))
+        memory = torch.empty(n + GUARD, dtype=dtype, device=device)
+        strips.append(memory.fill_(float("nan") if dtype.is_floating_point else 0xA5)[n:])
+        return memory[:n].view(shape)
+
+    monkeypatch.setattr(_batch, "empty", poisoned)
+    monkeypatch.setattr(_rows, "empty", poisoned)
+    yield
+    for strip in strips:
+        assert strip.isnan().all() if strip.is_floating_point() else (strip == 0xA5).all(), "written behind an output"
+
+
+@pytest.fixture
+def _small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Several tiles, splits and steps for tensors of a few hundred elements."""
+    for name, value in {"REDUCTION_BYTES": 512, "ELEMENTWISE_BYTES": 512, "CHANNELS_LAST_BYTES": 64}.items():
+        monkeypatch.setattr(_plan, name, value)
+    monkeypatch.setattr(_plan, "TILES_PER_SPLIT", 2)
+
+
+def randn(
+    *shape: int, dtype: torch.dtype = torch.float64, seed: int = 0, scale: float = 1, offset: float = 0
+) -> Tensor:
+    values = torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return (values * scale + offset).to(dtype).to(DEVICE)
+
+
+def check(
+    name: str, value: Tensor, exact: Tensor, dtype: torch.dtype, terms: float = 1, scale: Tensor | float = 0
+) -> None:
+    """Off by one rounding to the value's dtype, and by what ``terms`` float32 additions lose, relative to the largest."""
+    held = 1e-13 if dtype == torch.float64 else 2**-23 * (4 + terms**0.5)
+    stored = 0.0 if value.dtype.itemsize >= 4 else torch.finfo(value.dtype).eps * ULPS
+    size = max(float(exact.abs().max()), float(scale))
+    assert value.shape == exact.shape, (name, value.shape, exact.shape)
+    error = float((value.double() - exact).abs().max())
+    assert error <= (held + stored) * size, (name, error, (held + stored) * size)
+
+
+def flat(x: Tensor, channels_last: bool) -> Tensor:
+    """[N, C, S] as the seam takes it."""
+    return x.transpose(1, 2).reshape(-1, x.size(1)).contiguous() if channels_last else x.contiguous()
+
+
+BATCH = [(2, 3, 199), (2, 33, 7), (2, 3, 64), (1, 1, 2), (7, 33, 1)]
+LAYOUTS = [False, True]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("channels_last", LAYOUTS, ids=["NCHW", "NHWC"])
+@pytest.mark.parametrize("shape", BATCH, ids=str)
+def test_batch_moments(shape: tuple[int, ...], channels_last: bool, dtype: torch.dtype) -> None:
+    x = randn(*shape, dtype=dtype, scale=2, offset=3)
+    moments = kernels.batch_moments(flat(x, channels_last))
+    count = x.numel() // shape[1]
+    assert moments.count == count
+    var, mean = torch.var_mean(x.double(), (0, 2), correction=0)
+    check("mean", moments.mean, mean, dtype, count)
+    check("m2", moments.m2, var * count, dtype, count)
+
+
+@pytest.mark.usefixtures("_small_tiles")
+@pytest.mark.parametrize("channels_last", LAYOUTS, ids=["NCHW", "NHWC"])
+def test_moments_of_many_splits_at_a_large_mean(channels_last: bool) -> None:
+    x = randn(4, 3, 130, dtype=torch.float32, offset=1e4)
+    x[0] += 1e5  # the first tiles are far from the rest
+    moments = kernels.batch_moments(flat(x, channels_last))
+    assert _plan.plan_walk(flat(x, channels_last), reduction=True).splits > 1
+    var, mean = torch.var_mean(x.double(), (0, 2), correction=0)
+    torch.testing.assert_close(moments.mean, mean, rtol=1e-7, atol=0)
+    torch.testing.assert_close(moments.var, var, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("shape", "dtype", "activation", "with_residual"),
+    [
+        *((shape, torch.float32, "relu", True) for shape in BATCH),
+        *(((2, 9, 21), dtype, "relu", residual) for dtype in DTYPES for residual in (False, True)),
+        *(((2, 3, 19), torch.float32, name, residual) for name in ("", *ACTIVATIONS) for residual in (False, True)),
+        ((2, 3, 19), torch.bfloat16, "gelu", True),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("channels_last", LAYOUTS, ids=["NCHW", "NHWC"])
+@pytest.mark.usefixtures("_small_tiles")
+def test_batch_norm_and_its_gradient(
+    shape: tuple[int, ...], dtype: torch.dtype, activation: str, with_residual: bool, channels_last: bool
+) -> None:
+    act = Activation(activation, 0.1) if activation else None
+    x, g, r = (randn(*shape, dtype=dtype, seed=i, scale=1 + i, offset=i) for i in range(3))
+    weight, bias = randn(2, shape[1], dtype=torch.float32, seed=3)
+    exact = exact_batch_norm(x, g, r if with_residual else None, weight, bias, act)
+    count = x.numel() // shape[1]
+
+    x_flat, g_flat, r_flat = (flat(t, channels_last) for t in (x, g, r))
+    residual = r_flat if with_residual else None
+    moments = kernels.batch_moments(x_flat)
+    rstd = (moments.var + EPS).rsqrt()
+    y, mask = kernels.batch_normalize(x_flat, moments.mean, rstd, weight, bias, act, residual)
+    packed = with_residual and act is not None and act.is_piecewise_linear
+    assert (mask is not None) == packed
+    if mask is not None:
+        bits = np.unpackbits(mask.cpu().numpy(), axis=1, bitorder="little")
+        width = x_flat.size(-1)
+        assert (bits[:, :width] == (y > 0).reshape(-1, width).cpu().numpy()).mean() > (
+            1 if dtype.itemsize > 2 else 0.99
+        ) - 1e-9
+        assert not bits[:, width:].any()
+    side = mask if packed else residual if act is not None else None
+    sums = kernels.batch_backward_reduce(g_flat, x_flat, moments.mean, rstd, weight, bias, act, side)
+    dx, dresidual = kernels.batch_backward_input(
+        g_flat, x_flat, moments.mean, rstd, weight, sums / count, bias, act, side, True
+    )  # fmt: skip
+    assert (dresidual is not None) == (act is not None)
+    assert y.dtype == dx.dtype == dtype and sums.dtype == torch.float64
+
+    largest = float((rstd * weight).abs().max())
+    check("y", y, flat(exact["y"], channels_last), dtype, count)
+    check("dbias", sums[0], exact["dbias"], dtype, count, g.double().abs().sum((0, 2)).max())
+    check("dweight", sums[1], exact["dweight"], dtype, count, g.double().abs().sum((0, 2)).max())
+    check("dx", dx, flat(exact["dx"], channels_last), dtype, count, largest * float(g.abs().max()))
+    if dresidual is not None:
+        check("dresidual", dresidual, flat(exact["dresidual"], channels_last), dtype)
+
+
+def exact_batch_norm(
+    x: Tensor, g: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor, act: Activation | None
+) -> dict[str, Tensor]:
+    """torch's own functions in float64, on CPU where every one exists."""
+    leaves = [t.double().cpu().requires_grad_() for t in (x, weight, bias)]
+    r = torch.zeros(x.shape, dtype=torch.float64) if residual is None else residual.double().cpu()
+    r.requires_grad_()
+    pre = F.batch_norm(leaves[0], None, None, leaves[1], leaves[2], True, 0.0, EPS) + r
+    y = {
+        "": lambda t: t, "relu": F.relu, "leaky_relu": lambda t: F.leaky_relu(t, 0.1), "silu": F.silu, "gelu": F.gelu
+    }[act.name if act else ""](pre)  # fmt: skip
+    grads = torch.autograd.grad(y, [*leaves, r], g.double().cpu())
+    names = ("dx", "dweight", "dbias", "dresidual")
+    return {"y": y.detach().to(DEVICE)} | {n: t.to(DEVICE) for n, t in zip(names, grads, strict=True)}
+
+
+@pytest.mark.parametrize("channels_last", LAYOUTS, ids=["NCHW", "NHWC"])
+def test_affine_may_be_missing_and_vectors_may_have_gaps(channels_last: bool) -> None:
+    x, x_hat = randn(6, 5, 3, offset=1), None
+    moments = kernels.batch_moments(flat(x, channels_last))
+    rstd = (moments.var + EPS).rsqrt()
+    x_hat = F.batch_norm(x, None, None, None, None, True, 0.0, EPS)
+    affine = randn(5, 2)
+    weight, bias = affine.unbind(1)
+    for w, b in ((None, bias), (weight, None), (None, None), (weight, bias)):
+        y, _ = kernels.batch_normalize(flat(x, channels_last), moments.mean, rstd, w, b)
+        exact = x_hat * (1 if w is None else w[:, None]) + (0 if b is None else b[:, None])
+        check("y", y, flat(exact, channels_last), torch.float64)
+    dx, _ = kernels.batch_backward_input(
+        flat(x, channels_last), flat(x, channels_last), moments.mean, rstd, None, randn(5, seed=4).expand(2, -1)
+    )  # fmt: skip
+    m = randn(5, seed=4)[:, None]
+    check("dx", dx, flat(rstd[:, None] * (x - m - x_hat * m), channels_last), torch.float64)
+
+
+ROWS = [(3, 1), (5, 3), (17, 199), (2, 1023), (40, 64)]
+
+
+@pytest.mark.parametrize(
+    ("shape", "dtype", "with_residual", "part"),
+    [
+        *((shape, torch.float32, False, None) for shape in ROWS),
+        *(((5, 199), dtype, True, None) for dtype in DTYPES),
+        ((5, 199), torch.float32, False, 13),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("centre", [True, False], ids=["layer", "rms"])
+@pytest.mark.parametrize("whole", [True, False], ids=["whole rows", "pieces of rows"])
+def test_row_norm_and_its_gradient(
+    shape: tuple[int, int],
+    dtype: torch.dtype,
+    with_residual: bool,
+    part: int | None,
+    centre: bool,
+    whole: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    if part and centre:
+        return
+    if not whole:
+        for name, value in {"FORWARD_ROW": 0, "BACKWARD_ROW": 0, "ROW_CHUNK": 128, "TILES_PER_SPLIT": 1}.items():
+            monkeypatch.setattr(_plan, name, value)
+        monkeypatch.setattr(_plan, "REDUCTION_BYTES", 1024)
+    x, g, r, grad_h = (randn(*shape, dtype=dtype, seed=i, offset=i) for i in range(4))
+    weight, bias = randn(2, shape[1], dtype=torch.float32, seed=5)
+    residual, given = (r, grad_h) if with_residual else (None, None)
+    y, h, mean, rstd = row_kernels.row_norm_forward(x, weight, bias, EPS, centre, residual, part)
+    assert (h is not None) == with_residual and (mean is not None) == centre
+    if h is not None:
+        check("h", h, x.double() + r.double(), dtype)
+    h = x if h is None else h
+    dx, dweight, dbias = row_kernels.row_norm_backward(g, h, weight, mean, rstd, True, True, given, part)
+    assert dweight is not None and dbias is not None
+    leaves = [t.double().requires_grad_() for t in (h, weight, bias)]
+    x64, w64, b64 = leaves
+    used = x64[:, :part]
+    d = x64 - x64.mean(1, keepdim=True) if centre else x64
+    square = d.square().mean(1, keepdim=True) if part is None else used.square().mean(1, keepdim=True)
+    exact = d / (square + EPS).sqrt() * w64 + b64
+    exact_dx, exact_dw, exact_db = torch.autograd.grad(exact, leaves, g.double())
+    exact_dx = exact_dx if given is None else exact_dx + given.double()
+    accumulate = torch.float64 if dtype == torch.float64 else torch.float32
+    assert rstd.dtype == dweight.dtype == dbias.dtype == accumulate and y.dtype == dx.dtype == dtype
+    size = float((rstd.max() * weight.abs().max() * g.abs().max()).double())
+    check("y", y, exact.detach(), dtype, shape[1])
+    check("dx", dx, exact_dx, dtype, shape[1], size)
+    check("dweight", dweight, exact_dw, dtype, shape[0], g.double().abs().sum(0).max())
+    check("dbias", dbias, exact_db, dtype, shape[0], g.double().abs().sum(0).max())
+    only_dx = row_kernels.row_norm_backward(g, h, weight, mean, rstd, False, False, given, part)
+    assert torch.equal(only_dx[0], dx) and only_dx[1:] == (None, None)
+
+
+@pytest.mark.parametrize(
+    ("shape", "groups", "dtype", "activation"),
+    [
+        ((2, 12, 35), 3, torch.float32, "silu"),
+        ((2, 12, 35), 3, torch.bfloat16, "silu"),
+        ((2, 12, 35), 12, torch.float16, ""),
+        ((3, 6, 8), 1, torch.float64, "gelu"),
+        ((1, 66, 3), 33, torch.float32, "relu"),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("channels_last", LAYOUTS, ids=["NCHW", "NHWC"])
+@pytest.mark.usefixtures("_small_tiles")
+def test_group_norm_and_its_gradient(
+    shape: tuple[int, ...], groups: int, dtype: torch.dtype, activation: str, channels_last: bool
+) -> None:
+    act = Activation(activation) if activation else None
+    x, g = (randn(*shape, dtype=dtype, seed=i, scale=2, offset=i) for i in range(2))
+    weight, bias = randn(2, shape[1], dtype=torch.float32, seed=3)
+    if channels_last:
+        x, g = (t.transpose(1, 2).contiguous().transpose(1, 2) for t in (x, g))
+    leaves = [t.double().cpu().requires_grad_() for t in (x, weight, bias)]
+    pre = F.group_norm(leaves[0], groups, leaves[1], leaves[2], EPS)
+    exact = pre if act is None else {"silu": F.silu, "gelu": F.gelu, "relu": F.relu}[activation](pre)
+    exact_grads = [t.to(DEVICE) for t in torch.autograd.grad(exact, leaves, g.double().cpu())]
+
+    y, mean, rstd = row_kernels.group_norm_forward(x, groups, weight, bias, EPS, act)
+    dx, dweight, dbias = row_kernels.group_norm_backward(g, x, groups, weight, bias, mean, rstd, act)
+    assert y.stride() == dx.stride() == x.stride()
+    assert mean.shape == rstd.shape == (shape[0], groups)
+    terms = shape[1] // groups * shape[2]
+    size = float((rstd.max() * weight.abs().max() * g.abs().max()).double())
+    check("y", y, exact.detach().to(DEVICE), dtype, terms)
+    check("dx", dx, exact_grads[0], dtype, terms, size)
+    for name, value, gradient in (("dweight", dweight, exact_grads[1]), ("dbias", dbias, exact_grads[2])):
+        check(name, value, gradient, dtype, shape[0] * shape[2], g.double().abs().sum((0, 2)).max())
