@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from syncnorm._version import __version__
 from syncnorm.calibration import TentAdapter, adapt_batch_norm, reduce_buffers
 from syncnorm.conversion import convert, disabled, no_stats_update, plan, register_adapter, revert, validate_state_dict
-from syncnorm.diagnostics import explain, inspect, list_norms
+from syncnorm.diagnostics import audit, explain, inspect, list_norms
 from syncnorm.distributed import loss_weight, set_check
 from syncnorm.errors import SyncNormError, SyncNormMismatch
 from syncnorm.modules import (
@@ -91,6 +91,7 @@ __all__ = [
     "WeightStandardizedConv2d",
     "__version__",
     "adapt_batch_norm",
+    "audit",
     "convert",
     "disabled",
     "explain",

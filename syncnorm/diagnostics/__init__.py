@@ -3,6 +3,8 @@
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from syncnorm.diagnostics._audit import audit
+from syncnorm.diagnostics._audit_report import AuditReport, Drift
 from syncnorm.diagnostics._catalogue import NormInfo, NormList, list_norms
 from syncnorm.diagnostics._explain import explain
 from syncnorm.diagnostics._inspect import NormReport, NormRow, inspect
@@ -13,12 +15,15 @@ if TYPE_CHECKING:
     from syncnorm.diagnostics._verify import verify as verify
 
 __all__ = [
+    "AuditReport",
+    "Drift",
     "NormInfo",
     "NormList",
     "NormReport",
     "NormRow",
     "VerifyReport",
     "VerifyRow",
+    "audit",
     "explain",
     "inspect",
     "list_norms",

@@ -18,6 +18,7 @@ __all__ = [
     "find_group",
     "group_backend",
     "group_device",
+    "group_position",
     "group_ranks",
     "group_store",
     "group_timeout",
@@ -46,6 +47,11 @@ def group_ranks(name: str) -> tuple[int, ...]:
         return tuple(dist.get_process_group_ranks(find_group(name)))
     except (RuntimeError, ValueError, KeyError):
         return ()
+
+
+def group_position(name: str) -> int:
+    """This rank's place among the ranks of the named group, from 0; 0 without a group."""
+    return dist.get_rank(find_group(name)) if name else 0
 
 
 def group_device(name: str) -> torch.device:
