@@ -109,6 +109,25 @@ def test_a_layer_comes_and_goes_by_its_class_alone() -> None:
     assert (sorted(vars(plain)), sorted(plain._buffers), repr(plain)) == fields
 
 
+def test_calibration_measures_about_the_centre() -> None:
+    layer = make(kind=MovingAverageBatchNorm1d)
+    for step in range(5):
+        train(layer, *data(step, (4, 3)))
+    centre = layer.running_mean.clone()
+    x = data(9, (30, 3))[0] * 2
+    square = (x - centre).square().mean(0)
+    before = {name: buffer.clone() for name, buffer in layer.named_buffers()}
+    adapter = syncnorm.TentAdapter(layer)
+    by_batch = (x - centre) / (square + layer.eps).sqrt() * layer.weight + layer.bias
+    torch.testing.assert_close(adapter(x), by_batch.detach(), rtol=1e-12, atol=1e-12)
+    adapter.restore()
+    assert all(torch.equal(buffer, before[name]) for name, buffer in layer.named_buffers())
+    assert (layer.r_max, layer.warmup) == (1.3, 3)
+    syncnorm.adapt_batch_norm(layer, x.split(7))
+    assert torch.equal(layer.running_mean, centre)
+    torch.testing.assert_close(layer.running_var, square, rtol=1e-12, atol=1e-12)
+
+
 def test_bad_options_and_missing_statistics_are_refused() -> None:
     for options, text in (
         ({"window": 0}, r"window is a number of batches, at least 1; got 0"),

@@ -11,7 +11,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from syncnorm.calibration._layers import Forward, batch_norms, call_with_first_tensor, first_tensor, unwrap
+from syncnorm.calibration._layers import (
+    Forward,
+    batch_norms,
+    call_with_first_tensor,
+    evaluated_by,
+    first_tensor,
+    unwrap,
+)
 from syncnorm.core.features import add_moments
 from syncnorm.core.layout import flatten
 from syncnorm.core.moments import Moments, empty_moments, merge_moments
@@ -132,7 +139,8 @@ def _hook(name: str, found: dict[str, Moments]) -> Any:
             )
         # Lent to the layer: evaluation by these is normalisation by the batch, in every batch norm there is.
         mean, var = layer._buffers["running_mean"], layer._buffers["running_var"]
-        layer._buffers.update(running_mean=batch.mean.to(mean), running_var=batch.var.to(var))
+        lent_mean, lent_var = evaluated_by(layer, batch, batch.var)
+        layer._buffers.update(running_mean=lent_mean.to(mean), running_var=lent_var.to(var))
         on_host = Moments(float(batch.count), batch.mean.cpu(), batch.m2.cpu())
         found[name] = add_moments(found[name], on_host)
 
@@ -159,5 +167,6 @@ def _write(layers: dict[str, _BatchNorm], rows: Tensor) -> None:
         merged.append(moments)
     for layer, moments in zip(layers.values(), merged, strict=True):
         if moments.count > 0 and layer.running_mean is not None and layer.running_var is not None:
-            layer.running_mean.copy_(moments.mean)
-            layer.running_var.copy_(moments.unbiased_var)
+            mean, var = evaluated_by(layer, moments, moments.unbiased_var)
+            layer.running_mean.copy_(mean)
+            layer.running_var.copy_(var)

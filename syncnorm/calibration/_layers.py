@@ -7,7 +7,10 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parameter import is_lazy
 
-__all__ = ["batch_norms", "call_with_first_tensor", "first_tensor", "unwrap"]
+from syncnorm.core.moments import Moments
+from syncnorm.modules import SyncStatistics
+
+__all__ = ["batch_norms", "call_with_first_tensor", "evaluated_by", "first_tensor", "unwrap"]
 
 
 def batch_norms(model: nn.Module) -> dict[str, _BatchNorm]:
@@ -21,6 +24,18 @@ def batch_norms(model: nn.Module) -> dict[str, _BatchNorm]:
         if any(is_lazy(t) for t in (*layer._parameters.values(), *layer._buffers.values()) if t is not None):
             raise ValueError(f"{name} ({type(layer).__name__}) is lazy and has no shape yet. Run the model once first.")
     return layers
+
+
+def evaluated_by(layer: _BatchNorm, moments: Moments, var: Tensor) -> tuple[Tensor, Tensor]:
+    """The running statistics by which ``layer`` evaluates like a batch of these moments: their mean, and ``var`` of theirs.
+
+    Moving average batch norm does not centre: its running mean is a constant, and its other the mean square about that.
+    """
+    if not isinstance(layer, SyncStatistics) or layer.family != "moving_average_batch_norm":
+        return moments.mean, var
+    assert layer.running_mean is not None
+    centre = layer.running_mean.to(moments.mean)
+    return centre, moments.var + (moments.mean - centre).square()
 
 
 def unwrap(model: nn.Module) -> nn.Module:

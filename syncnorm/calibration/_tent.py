@@ -158,13 +158,17 @@ class TentAdapter:
         self.restore()
 
 
+# With these limits no output is pulled towards the running statistics, which are the source's.
+_NO_PULL = {"r_max": 1.0, "d_max": 0.0}
+
+
 @contextmanager
 def _adapting(model: nn.Module, layers: list[Any], parameters: list[nn.Parameter]) -> Iterator[None]:
     """Within: batch norms by the batch and nothing else in training mode, gradients for ``parameters`` and no others."""
     modes = [(module, module.training) for module in model.modules()]
     grads = [(p, p.requires_grad) for p in {*model.parameters(), *parameters}]
     tracks = [(layer, layer.track_running_stats) for layer in layers]
-    limits = [(layer, layer.r_max, layer.d_max) for layer in layers if hasattr(layer, "r_max")]
+    limits = [(layer, name, getattr(layer, name)) for layer in layers for name in _NO_PULL if hasattr(layer, name)]
     # A layer with a forward of its own may update them all the same.
     buffers = [(b, b.clone()) for layer in layers for b in layer.buffers(recurse=False)]
     try:
@@ -176,12 +180,14 @@ def _adapting(model: nn.Module, layers: list[Any], parameters: list[nn.Parameter
             p.requires_grad_(True)
         for layer in layers:
             layer.training, layer.track_running_stats = True, False
-        for layer, _, _ in limits:  # batch renorm would pull towards the statistics of the source
-            layer.r_max, layer.d_max = 1.0, 0.0
+            if hasattr(layer, "empty_windows"):  # the batches of the source are no part of these
+                layer.empty_windows()
+        for layer, name, _ in limits:
+            setattr(layer, name, _NO_PULL[name])
         yield
     finally:
-        for layer, r_max, d_max in limits:
-            layer.r_max, layer.d_max = r_max, d_max
+        for layer, name, limit in limits:
+            setattr(layer, name, limit)
         for layer, track in tracks:
             layer.track_running_stats = track
         for p, needs in grads:

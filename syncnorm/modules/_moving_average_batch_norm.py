@@ -122,9 +122,13 @@ class _MovingAverageBatchNorm(SyncStatistics):
     def reset_running_stats(self) -> None:
         """As torch's; the windows are emptied, too."""
         super().reset_running_stats()
-        for name in ("_squares", "_slopes"):
-            if name in self._buffers:  # not yet within the constructor
-                self.get_buffer(name).zero_()
+        if "_squares" in self._buffers:  # not yet within the constructor
+            self.empty_windows()
+
+    def empty_windows(self) -> None:
+        """Forget the last batches, so that the next one is normalised by itself; running statistics stay."""
+        self._squares.zero_()
+        self._slopes.zero_()
 
     def _normalize(self, input: Tensor) -> Tensor:
         if self.running_mean is None or self.running_var is None:
