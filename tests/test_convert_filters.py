@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import syncnorm
-from syncnorm.modules import WeightStandardizedConv1d, WeightStandardizedConv2d
+from syncnorm.modules import WeightCentralizedConv2d, WeightStandardizedConv1d, WeightStandardizedConv2d
 from tests.oracles import randomise_affine
 
 RECIPE: dict[str, Any] = {"to": "group_norm", "num_groups": 2, "weight_standardization": True}
@@ -118,7 +118,7 @@ def test_what_cannot_be_standardised_is_left_and_said() -> None:
                       "exclude the layer"),
         "2": ("skip", "filters of one value each, which would become 0; exclude it"),
         "3": ("skip", "lazy, its filters are not known yet; run one forward pass, then convert"),
-        "5": ("keep", "filters are normalised already"),
+        "5": ("keep", "there already, weight_standardization"),
         "6": ("skip", "forward was replaced on the object (by a hook of another library?); convert before that"),
     }  # fmt: skip
     with pytest.raises(syncnorm.SyncNormError, match=re.escape("1 × SamePadded (1)")):
@@ -145,3 +145,22 @@ def test_the_option_belongs_to_group_norm() -> None:
         "Conv2d",
         "Conv1d",
     ]
+
+
+def test_moving_average_batch_norm_with_centred_weights() -> None:
+    model, plain = net(), net()
+    syncnorm.convert(model, "moving_average_batch_norm", weight_centralization=True, include="0.*", window=4)
+    conv, norm = model[0][0], model[0][1]  # type: ignore[index]
+    assert (type(conv), type(norm).__name__, norm.window) == (WeightCentralizedConv2d, "MovingAverageBatchNorm2d", 4)  # type: ignore[union-attr]
+    x = torch.randn(2, 3, 6, 6, dtype=torch.float64)
+    padded = functional.pad(x, (1, 1, 1, 1), mode="circular")
+    centred = conv.weight - conv.weight.mean((1, 2, 3), keepdim=True)  # type: ignore[union-attr, operator]
+    h = functional.conv2d(padded, centred, conv.bias, stride=2)  # type: ignore[arg-type, union-attr]
+    expected = nn.functional.batch_norm(h, norm.running_mean, norm.running_var, norm.weight, norm.bias)  # type: ignore[arg-type, union-attr]
+    torch.testing.assert_close(model.eval()[0][:2](x), expected, rtol=0, atol=1e-13)  # type: ignore[index, operator]
+    (entry, *_) = syncnorm.plan(plain, "moving_average_batch_norm").entries
+    assert entry.reason == (
+        "group world; does not centre; weight_centralization=True does, and then calls for reset_running_stats()"
+    )
+    model.load_state_dict(plain.state_dict(), strict=True)
+    assert [type(module) for module in syncnorm.revert(model).modules()] == [type(module) for module in plain.modules()]

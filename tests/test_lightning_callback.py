@@ -78,6 +78,19 @@ def test_other_targets_stay_after_the_fit(to: Any, said: list[str]) -> None:
     assert len(said) == 1
 
 
+def test_convolutions_of_a_family_come_back_too() -> None:
+    module = Training()
+    surgery = SyncNorm("moving_average_batch_norm", options={"weight_centralization": True})._surgery
+    types = [type(layer) for layer in module.modules()]
+    surgery.run(module, last=True)
+    assert surgery.summary().startswith(
+        "1 BatchNorm2d -> MovingAverageBatchNorm2d, 1 BatchNorm1d -> MovingAverageBatchNorm1d"
+    )
+    assert "1 Conv2d -> WeightCentralizedConv2d" in surgery.summary()
+    surgery.undo()
+    assert [type(layer) for layer in module.modules()] == types
+
+
 def test_patterns(said: list[str]) -> None:
     assert alone(Training(), SyncNorm(include="net.1"))["during"] == ["SyncBatchNorm2d", "BatchNorm1d"]
     assert alone(Training(), SyncNorm(exclude=["*.1"]))["during"] == ["BatchNorm2d", "SyncBatchNorm1d"]
@@ -156,6 +169,7 @@ def test_loading_a_state() -> None:
         ({"to": "group_norm", "accumulate": 2}, TypeError, "got accumulate=2. It belongs to sync_batch_norm."),
         ({"to": "layer_norm", "process_group": "node"}, TypeError, "got process_group='node'"),
         ({"accumulate": 0}, ValueError, "accumulate is a number of micro-batches, at least 1; got 0."),
+        ({"audit_every_n_steps": 0}, ValueError, "audit_every_n_steps must be at least 1, or None for never; got 0."),
         ({"process_group": "rack"}, ValueError, '"world" or "node", got \'rack\''),
         ({"backend": "cudnn"}, ValueError, "backend must be one of"),
         ({"include": [nn.BatchNorm2d]}, TypeError, "include takes globs on qualified names here"),

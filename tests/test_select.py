@@ -81,7 +81,7 @@ BAD: list[tuple[dict[str, Any], type[Exception], str]] = [
     (
         {"to": "sync_batch_norm", "num_groups": 4},
         TypeError,
-        "to='sync_batch_norm' takes the options ['process_group', 'backend', 'accumulate'], got num_groups=4. "
+        f"to='sync_batch_norm' takes the options {list(TARGET_OPTIONS['sync_batch_norm'])}, got num_groups=4. "
         "It belongs to group_norm and evo_norm_s0.",
     ),
     (

@@ -12,7 +12,7 @@ from syncnorm.conversion._layers import display
 from syncnorm.conversion._plan import Plan, plan, shorten, skipped_text
 from syncnorm.conversion._replace import blueprint, build_replacement, like_tensor, put
 from syncnorm.conversion._select import Patterns
-from syncnorm.conversion._targets import default_of
+from syncnorm.conversion._targets import TARGETS, default_of
 from syncnorm.conversion._validate import refuse_broken
 from syncnorm.modules import SyncStatistics
 
@@ -32,11 +32,11 @@ def convert(
     """Convert the batch norms of a model, in place; :func:`syncnorm.revert` undoes it exactly.
 
     To a family of batch statistics (``"sync_batch_norm"``, ``"batch_renorm"``, ``"ghost_batch_norm"``,
-    ``"frozen_batch_norm"``) a layer stays the same object and changes its class: parameters, buffers, hooks, names,
-    training flags and every reference to it stay. It works before and after DDP, under FSDP and with
-    ``torch.compile``, any number of times. To another kind of norm, a new module takes the place of the old one under
-    every name it has. Weight, bias and running statistics are the same objects where the new layer has them, eps and
-    momentum the same numbers, hooks stay, and a batch norm's checkpoint still loads; :func:`syncnorm.plan` tells layer
+    ``"moving_average_batch_norm"``, ``"frozen_batch_norm"``) a layer stays the same object and changes its class:
+    parameters, buffers, hooks, names, training flags and every reference to it stay. It works before and after DDP, under
+    FSDP and with ``torch.compile``, any number of times. To another kind of norm, a new module takes the place of the old
+    one under every name it has. Weight, bias and running statistics are the same objects where the new layer has them, eps
+    and momentum the same numbers, hooks stay, and a batch norm's checkpoint still loads; :func:`syncnorm.plan` tells layer
     by layer what is new and what is dropped.
 
     Only layers of exactly a known class are touched: ``nn.BatchNorm1d/2d/3d``, ``nn.SyncBatchNorm``, ours, what
@@ -45,12 +45,12 @@ def convert(
 
     Args:
         model: Any module; also one that is itself a batch norm.
-        to: ``"sync_batch_norm"``; ``"batch_renorm"``; ``"ghost_batch_norm"``; ``"frozen_batch_norm"``; ``"group_norm"``;
-            ``"layer_norm"`` (over channels and space, as a group norm of one group: right for any rank of input);
-            ``"instance_norm"`` (without running statistics); ``"rms_norm"`` (over the channels of each position);
-            ``"dynamic_tanh"``; ``"switchable_norm"``; ``"batch_instance_norm"``; or, which replace the activation that
-            follows too and leave it to you to remove that, ``"filter_response_norm"`` (with its TLU), ``"evo_norm_b0"``,
-            ``"evo_norm_s0"``.
+        to: ``"sync_batch_norm"``; ``"batch_renorm"``; ``"ghost_batch_norm"``; ``"moving_average_batch_norm"``;
+            ``"frozen_batch_norm"``; ``"group_norm"``; ``"layer_norm"`` (over channels and space, as a group norm of one
+            group: right for any rank of input); ``"instance_norm"`` (without running statistics); ``"rms_norm"`` (over the
+            channels of each position); ``"dynamic_tanh"``; ``"switchable_norm"``; ``"batch_instance_norm"``; or, which
+            replace the activation that follows too and leave it to you to remove that, ``"filter_response_norm"`` (with its
+            TLU), ``"evo_norm_b0"``, ``"evo_norm_s0"``.
         include: Convert only these: a glob on the qualified name (``*`` matches dots too; the ``module.`` of DDP and
             the like may be left out), a module type, a callable ``(name, module) -> bool``, or a sequence of them.
             None means all.
@@ -63,8 +63,10 @@ def convert(
             ``virtual_batch_size``, which ``"ghost_batch_norm"`` needs, ``alpha`` for ``"dynamic_tanh"``, ``tlu=False`` for
             ``"filter_response_norm"``. ``num_groups=32`` for ``"group_norm"`` and ``"evo_norm_s0"``: where it does not
             divide the channels, the greatest common divisor is taken and said. ``weight_standardization=True`` for
-            ``"group_norm"``: every ``nn.Conv1d/2d/3d`` that the globs of ``include`` and ``exclude`` select becomes a
-            :class:`syncnorm.modules.WeightStandardizedConv2d`, with the same parameters and keys. ``affine=None``, where the
+            ``"group_norm"`` and ``weight_centralization=True`` for ``"moving_average_batch_norm"``: every
+            ``nn.Conv1d/2d/3d`` that the globs of ``include`` and ``exclude`` select becomes a
+            :class:`syncnorm.modules.WeightStandardizedConv2d` or ``WeightCentralizedConv2d``, with the same parameters and
+            keys. ``affine=None``, where the
             new layer leaves the choice: a weight and bias where the layer has them; True adds, False drops them.
 
     Returns:
@@ -94,7 +96,8 @@ def convert(
         elif entry.action == "swap":
             stays = isinstance(module, SyncStatistics) and module.family == to
             own = type(module) if stays else target_in_family(type(module), to)
-            cast(type[SyncStatistics], own).adopt(module, **made.options)
+            settings = {name: value for name, value in made.options.items() if name in TARGETS[to].parameters}
+            cast(type[SyncStatistics], own).adopt(module, **settings)
         elif entry.action == "replace":
             replacement = blueprint(module, to, made.options)
             assert replacement is not None

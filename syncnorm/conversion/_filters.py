@@ -27,7 +27,7 @@ def judge_convolution(layer: Layer, given: dict[str, Any]) -> Verdict:
     module, own = layer.module, type(layer.module).__name__
     option = next(name for name in FILTERS if given.get(name))
     if type(module) in FILTERS[option].values():
-        return Verdict("keep", own, "filters are normalised already")
+        return Verdict("keep", own, f"there already, {option}")
     if isinstance(module, nn.modules.lazy.LazyModuleMixin):
         return Verdict("skip", own, "lazy, its filters are not known yet; run one forward pass, then convert")
     target = FILTERS[option].get(type(module))

@@ -11,7 +11,7 @@ from syncnorm.conversion._layers import SHARDED, Layer, class_names, display, fi
 from syncnorm.conversion._replace import STATISTICS
 from syncnorm.conversion._select import Patterns, has_globs, select
 from syncnorm.conversion._table import table
-from syncnorm.conversion._targets import FILTERS, check_options
+from syncnorm.conversion._targets import TARGETS, check_options
 from syncnorm.conversion._verdict import Verdict, judge
 from syncnorm.errors import SyncNormError
 
@@ -127,8 +127,8 @@ def plan(
     excluded = select(model, layers, "exclude", exclude, others)
     if others and has_globs(include) and not any(id(layer.module) in included for layer in others):
         raise ValueError(
-            f"include={include!r} selects no convolution for {' and '.join(FILTERS)}: globs are for the names of convolutions, "
-            "too. Widen it ('backbone.*'), or leave it out."
+            f"include={include!r} selects no convolution for {' or '.join(TARGETS[to].filters)}: globs are for the names of "
+            "convolutions, too. Widen it ('backbone.*'), or leave it out."
         )
     entries = []
     for layer, norm in [*((layer, True) for layer in layers), *((layer, False) for layer in others)]:

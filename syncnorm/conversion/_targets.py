@@ -59,6 +59,7 @@ class Target:
         own: Arguments that a batch norm has too, but that are the method's: not carried over, and options.
         activates: The layer is an activation too, and the one behind it has to go. The user has to take it out.
         filters: Names in :data:`FILTERS`, options of the conversion.
+        remark: What the plan says of every layer.
     """
 
     layers: _Layers
@@ -67,6 +68,7 @@ class Target:
     own: tuple[str, ...] = ()
     activates: bool = False
     filters: tuple[str, ...] = ()
+    remark: str = ""
 
     @property
     def example(self) -> type[nn.Module]:
@@ -114,13 +116,23 @@ def _by_dims(name: str, plain: str = "BatchNorm") -> Mapping[type[nn.Module], ty
 
 FILTERS: dict[str, Mapping[type[nn.Module], type[nn.Module]]] = {
     "weight_standardization": _by_dims("WeightStandardizedConv", "Conv"),
+    "weight_centralization": _by_dims("WeightCentralizedConv", "Conv"),
 }
 """By option, the class that every convolution of the model is swapped to, besides its norms."""
 
 
 TARGETS: dict[str, Target] = {
     "sync_batch_norm": Target(_by_dims("SyncBatchNorm")),
-    **{family: Target(layers) for family, layers in modules.FAMILIES.items()},
+    "batch_renorm": Target(_by_dims("BatchRenorm")),
+    "ghost_batch_norm": Target(_by_dims("GhostBatchNorm")),
+    "frozen_batch_norm": Target(
+        _by_dims("FrozenBatchNorm"), remark="statistics and affine parameters stay as they are"
+    ),
+    "moving_average_batch_norm": Target(
+        _by_dims("MovingAverageBatchNorm"),
+        filters=("weight_centralization",),
+        remark="does not centre; weight_centralization=True does, and then calls for reset_running_stats()",
+    ),
     "group_norm": Target(modules.GroupNorm, filters=("weight_standardization",)),
     "layer_norm": Target(modules.GroupNorm, fixed={"num_groups": 1}),
     "instance_norm": Target(_by_dims("InstanceNorm"), fixed={"track_running_stats": False}),

@@ -8,7 +8,7 @@ from torch import nn
 from syncnorm.conversion._adapters import LEFTOVERS, target_in_family, target_of
 from syncnorm.conversion._layers import Layer, class_names, origin_of, qualified_type
 from syncnorm.conversion._replace import Blueprint, blueprint
-from syncnorm.conversion._targets import TARGET_OPTIONS, TARGETS, default_of
+from syncnorm.conversion._targets import TARGETS, default_of
 from syncnorm.distributed import group_spec
 from syncnorm.modules import BatchNorm, SyncBatchNorm, SyncBatchNorm1d, SyncBatchNorm2d, SyncBatchNorm3d, SyncStatistics
 from syncnorm.modules._mixed_statistics import MixedStatistics
@@ -91,7 +91,7 @@ def own_forward(module: nn.Module) -> str:
 def _swap(module: nn.Module, to: str, options: dict[str, Any]) -> Verdict:
     if isinstance(module, SyncStatistics) and module.family == to:
         news = [f"process_group={group_spec(options['process_group'])}"] if _regroups(module, options) else []
-        others = [name for name in TARGET_OPTIONS[to] if name != "process_group"]
+        others = [name for name in TARGETS[to].parameters if name != "process_group"]
         news += [f"{name}={options[name]}" for name in others if _differs(module, name, options)]
         own = type(module).__name__
         return (
@@ -105,14 +105,15 @@ def _swap(module: nn.Module, to: str, options: dict[str, Any]) -> Verdict:
         return Verdict(
             "skip", own, f"{own} has no counterpart in {to}, which is for BatchNorm1d, 2d and 3d; exclude it"
         )
-    if to == "frozen_batch_norm":
-        return Verdict("swap", target.__name__, "statistics and affine parameters stay as they are")
+    group, own_group = options.get("process_group"), module.__dict__.get("process_group")
+    reason = f"group {group_spec(group)}"
     if isinstance(module, SyncStatistics):
-        return Verdict("swap", target.__name__, f"from {module.family}")
-    group = options.get("process_group")
-    if group is None and module.__dict__.get("process_group") is not None:
-        return Verdict("swap", target.__name__, f"group {group_spec(module.__dict__['process_group'])}, as it had")
-    return Verdict("swap", target.__name__, f"group {group_spec(group)}")
+        reason = f"from {module.family}"
+    elif group is None and own_group is not None:
+        reason = f"group {group_spec(own_group)}, as it had"
+    remark = TARGETS[to].remark
+    reason = f"{reason}; {remark}" if "process_group" in TARGETS[to].parameters and remark else remark or reason
+    return Verdict("swap", target.__name__, reason)
 
 
 def _differs(module: nn.Module, name: str, options: dict[str, Any]) -> bool:

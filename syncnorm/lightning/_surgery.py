@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch import nn
 
 from syncnorm.conversion import convert, plan
+from syncnorm.conversion._filters import plain_filters
 from syncnorm.conversion._layers import Layer, display, find_layers
 from syncnorm.conversion._targets import STATISTICS_FAMILIES, TARGET_OPTIONS, check_options
 from syncnorm.distributed import group_spec, resolve
@@ -82,7 +83,8 @@ class Surgery:
         skipped = {display(e.name) for e in made.entries if e.action == "skip"}
         changing = [e for e in made.entries if e.action in ("swap", "replace")]
         if changing or skipped - self._skipped:
-            self._undo += [_undo(entry._layer.module) for entry in changing if entry.action == "swap"]
+            if self.keeps_keys:
+                self._undo += [_undo(entry._layer.module) for entry in changing]
             with _warnings_on_rank_zero():
                 convert(model, self.to, **selection, **self._given())
             self._converted.update((entry.source, entry.target.partition("(")[0]) for entry in changing)
@@ -178,6 +180,7 @@ def _undo(module: nn.Module) -> Callable[[], object]:
 
 
 def _release(module: nn.Module) -> None:
+    plain_filters(module)
     if isinstance(module, SyncStatistics):  # its user may have reverted it meanwhile
         module.release()
 
