@@ -10,7 +10,8 @@ from torch.utils.checkpoint import checkpoint
 
 from syncnorm.core.running import RunningStatistics
 from syncnorm.distributed.groups import LOCAL, Group, GroupSpec, resolve
-from syncnorm.functional._sync_moments import instance_moments, sync_moments
+from syncnorm.functional._samples import instance_moments
+from syncnorm.functional._sync_moments import sync_moments
 from syncnorm.testing import RankError, count_collectives, run_ranks
 from tests.oracles import my_slice, whole_batch
 

@@ -2,10 +2,9 @@
 
 # N batch, C channels
 
-import torch
 from torch import Tensor
 
-from syncnorm.functional._sync_moments import beside, instance_moments
+from syncnorm.functional._samples import instance_moments, normalize_samples
 
 __all__ = ["adaptive_instance_norm"]
 
@@ -60,5 +59,4 @@ def adaptive_instance_norm(content: Tensor, style: Tensor, eps: float = 1e-5) ->
     mean, var = instance_moments(content)
     style_mean, style_var = instance_moments(style)
     scale = (var + eps).rsqrt() * (style_var + eps).sqrt()
-    x = content.to(torch.promote_types(mean.dtype, style_mean.dtype))
-    return ((x - beside(mean, x)) * beside(scale, x) + beside(style_mean, x)).to(content.dtype)
+    return normalize_samples(content, mean, scale, style_mean)

@@ -7,8 +7,9 @@ from torch import Tensor
 
 from syncnorm.core.running import RunningStatistics
 from syncnorm.distributed.groups import LOCAL
+from syncnorm.functional._samples import normalize_samples
 from syncnorm.functional._sync_batch_norm import enter, validate
-from syncnorm.functional._sync_moments import beside, sample_and_batch_moments
+from syncnorm.functional._sync_moments import sample_and_batch_moments
 
 __all__ = ["batch_instance_norm"]
 
@@ -77,8 +78,7 @@ def batch_instance_norm(
         ranks = LOCAL
     running = RunningStatistics(running_mean, running_var, num_batches_tracked, momentum, tracked=track)
     moments = sample_and_batch_moments(input, running, training=training, group=ranks, site=site, refuse_one_value=True)
-    x = input.to(moments.mean.dtype)
-    rho = rho.to(x.dtype)
+    rho = rho.to(moments.mean.dtype)
     rho = rho + (rho.clamp(0, 1) - rho).detach()
     of_batch = rho * torch.rsqrt(moments.var + eps)
     of_sample = (1 - rho) * torch.rsqrt(moments.sample_var + eps)
@@ -88,5 +88,4 @@ def batch_instance_norm(
     shift = of_batch * (moments.sample_mean - moments.mean)
     if bias is not None:
         shift = shift + bias
-    y = (x - beside(moments.sample_mean, x)) * beside(of_batch + of_sample, x) + beside(shift, x)
-    return y.to(input.dtype)
+    return normalize_samples(input, moments.sample_mean, of_batch + of_sample, shift)

@@ -5,7 +5,8 @@
 import torch
 from torch import Tensor
 
-from syncnorm.functional._inputs import accumulate_dtype, check_channels, over_dim
+from syncnorm.functional._inputs import check_channels, over_dim
+from syncnorm.functional._samples import instance_moments, normalize_samples
 
 __all__ = ["filter_response_norm", "thresholded_linear_unit"]
 
@@ -42,15 +43,12 @@ def filter_response_norm(
     """
     vector = weight if weight is not None else bias
     check_channels("filter_response_norm", input, None if vector is None else vector.numel())
-    x = input.to(accumulate_dtype(input.dtype))
-    nu2 = x.square().mean(tuple(range(2, x.dim())), keepdim=True) if x.dim() > 2 else x.square()
-    if learned_eps is None:
-        scale = torch.rsqrt(nu2 + eps)
-    else:
-        scale = torch.rsqrt(nu2 + (eps + over_dim(learned_eps.to(x.dtype).abs(), x, 1)))
-    y = x * (scale if weight is None else scale * over_dim(weight, x, 1))
-    y = y if bias is None else y + over_dim(bias, x, 1)
-    return (y if threshold is None else thresholded_linear_unit(y, threshold)).to(input.dtype)
+    mean, var = instance_moments(input)
+    nu2 = var + mean.square()
+    eps_ = eps if learned_eps is None else eps + learned_eps.to(nu2.dtype).abs()
+    scale = torch.rsqrt(nu2 + eps_)
+    y = normalize_samples(input, None, scale if weight is None else scale * weight, bias)
+    return y if threshold is None else thresholded_linear_unit(y, threshold)
 
 
 def thresholded_linear_unit(input: Tensor, threshold: Tensor) -> Tensor:

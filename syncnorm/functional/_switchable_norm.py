@@ -7,8 +7,9 @@ from torch import Tensor
 
 from syncnorm.core.running import RunningStatistics
 from syncnorm.distributed.groups import LOCAL
+from syncnorm.functional._samples import instance_moments, normalize_samples
 from syncnorm.functional._sync_batch_norm import enter, validate
-from syncnorm.functional._sync_moments import beside, instance_moments, sample_and_batch_moments
+from syncnorm.functional._sync_moments import sample_and_batch_moments
 
 __all__ = ["switchable_norm"]
 
@@ -101,7 +102,4 @@ def switchable_norm(
     scale = torch.rsqrt(var + eps)
     if weight is not None:
         scale = scale * weight
-    y = (input.to(mean.dtype) - beside(mean, input)) * beside(scale, input)
-    if bias is not None:
-        y = y + beside(bias, input)
-    return y.to(input.dtype)
+    return normalize_samples(input, mean, scale, bias)

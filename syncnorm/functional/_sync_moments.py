@@ -24,12 +24,14 @@ from syncnorm.functional._checkpoint import (
     remember_call,
     unseen_by_selective_checkpointing,
 )
+from syncnorm.functional._nonfinite import refuse_nonfinite
 from syncnorm.functional._one_value import ONE_VALUE, refuse_one_value
+from syncnorm.functional._samples import beside, instance_moments
 from syncnorm.functional._sync_batch_norm import needs_grad
 from syncnorm.functional._walk import moments_of_none
 from syncnorm.kernels import choose
 
-__all__ = ["SampleAndBatch", "beside", "instance_moments", "sample_and_batch_moments", "sync_moments"]
+__all__ = ["SampleAndBatch", "sample_and_batch_moments", "sync_moments"]
 
 
 def sync_moments(
@@ -42,6 +44,7 @@ def sync_moments(
     running: RunningStatistics | None = None,
     site: object = None,
     refuse_one_value: bool = False,
+    refuses_nonfinite: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Mean and biased variance per channel over everything but channels and over all ranks, with their gradients.
 
@@ -62,6 +65,7 @@ def sync_moments(
         running: Moved towards the result, in place, once per batch (not by a checkpointed recompute).
         site: Identity of the layer, by which a checkpointed recompute finds its forward.
         refuse_one_value: Whether a single value per channel on all ranks together is an error.
+        refuses_nonfinite: Whether moments that are not finite are an error.
 
     Returns:
         μ and σ², float64 ``[C]``, the same bits on all ranks; zeros if all shards are empty.
@@ -71,7 +75,7 @@ def sync_moments(
         SyncNormMismatch: If ranks disagree on the backward to come, or another rank refused its input.
     """
     met = None if torch.compiler.is_compiling() else begin_call(site, group, x)
-    call = _Call(group, size, needs_grad(x, within), site, refuse_one_value, met)
+    call = _Call(group, size, needs_grad(x, within), site, refuse_one_value, refuses_nonfinite, met)
     if not torch.compiler.is_compiling():
         mean, var, _ = _SyncMoments.apply(x, within, weights, call, running)  # type: ignore[no-untyped-call]
         return mean, var
@@ -80,22 +84,6 @@ def sync_moments(
         torch._assert_async(count != 1, ONE_VALUE)
     if running is not None:
         update_running(running, Moments(count.detach(), mean.detach(), (var * count).detach()))
-    return mean, var
-
-
-def instance_moments(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and biased variance of each sample and channel of ``x`` [N, C, *] over space, ``[N, C]``, at least float32.
-
-    A single value is its own mean and has variance 0. Without any value both are 0.
-    """
-    x = x.to(accumulate_dtype(x.dtype))
-    if x.dim() == 2:
-        return x, torch.zeros_like(x)
-    dims = list(range(2, x.dim()))
-    if not x.numel():
-        zeros = x.sum(dims)
-        return zeros, torch.zeros_like(zeros)  # two tensors: Dynamo takes none twice
-    var, mean = torch.var_mean(x, dims, correction=0)
     return mean, var
 
 
@@ -145,17 +133,13 @@ def sample_and_batch_moments(
     return SampleAndBatch(sample_mean, sample_var, mean.to(sample_mean.dtype), var.to(sample_mean.dtype))
 
 
-def beside(vector: Tensor, x: Tensor) -> Tensor:
-    """View ``vector`` [C] or [N, C] so that it broadcasts over ``x`` [N, C, *]."""
-    return vector.reshape(*vector.shape, *[1] * (x.dim() - 2))
-
-
 class _Call(NamedTuple):
     group: Group
     size: int
     needs_backward: bool
     site: object
     refuse_one_value: bool
+    refuses_nonfinite: bool = False
     met: Call | None = None
 
 
@@ -176,6 +160,8 @@ class _SyncMoments(Function):
                 moments = exchange_moments(local, call.group, needs_backward=call.needs_backward, call=call.met)
                 if call.refuse_one_value:
                     refuse_one_value(moments.count, local.count)
+                if call.refuses_nonfinite:
+                    refuse_nonfinite(local, moments, call.group)
             if not recomputing and not torch.compiler.is_compiling():
                 remember_call(call.site, call.met, (moments, ()))
                 if running is not None:
