@@ -11,11 +11,17 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from lightning.pytorch.callbacks import BaseFinetuning, EMAWeightAveraging, ModelCheckpoint, StochasticWeightAveraging
+from lightning.pytorch.callbacks import (
+    BaseFinetuning,
+    Callback,
+    EMAWeightAveraging,
+    ModelCheckpoint,
+    StochasticWeightAveraging,
+)
 
 import syncnorm
 from syncnorm import SyncNorm, SyncNormPlugin
-from syncnorm.testing import run_ranks
+from syncnorm.testing import count_collectives, run_ranks
 from tests.lightning_training import (
     TOLERANCE,
     LateTraining,
@@ -162,6 +168,26 @@ def micro_batches(folder: Path) -> Any:
     return run | {"averaged": averaged["after"], "copied": copied, "plain": plain["state"]}
 
 
+class Drifting(Callback):
+    """From its 6th batch on, one rank's statistics go their own way; the head's norm is on nobody's list."""
+
+    batches = 0
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, *_: Any) -> None:
+        self.batches += 1
+        pl_module.net[5].running_mean += trainer.global_rank
+        if self.batches >= 6:
+            pl_module.net[1].running_mean[2] += trainer.global_rank
+
+
+def audited(folder: Path) -> Any:
+    drifting = Drifting()
+    with count_collectives() as counts:
+        run = fit(Training(), SyncNorm(audit_every_n_steps=3), accumulate_grad_batches=2)
+    text, after = message(drifting, SyncNorm(include=["net.1"], audit_every_n_steps=4))
+    return run | {"gathers": counts["all_gather"], "text": text, "batches": drifting.batches, "restored": after}
+
+
 def nothing_to_do(folder: Path) -> Any:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -204,6 +230,7 @@ CASES = {
     "own groups": own_groups,
     "micro-batches": micro_batches,
     "nothing to do": nothing_to_do,
+    "audited": audited,
 }
 ORACLES = {
     "swa": lambda: fit(Training(), swa(), max_epochs=2, devices=1, strategy="auto"),
@@ -317,6 +344,18 @@ def test_statistics_stay_float32_under_bf16(case: Any, name: str) -> None:
     # The convolution rounds to 8 bits, its input too: 2^-8 each, on values of about 2 with momentum 0.1.
     gap = (run["state"]["net.1.running_mean"].double() - exact["net.1.running_mean"]).abs().max()
     assert gap < 2 * 2 * 2**-8 * 0.1
+
+
+def test_drift_is_found_at_the_next_audit(case: Any) -> None:
+    run = case("audited")
+    assert run["gathers"] == 2  # 12 batches are 6 steps, audited every 3
+    # Batch 6 drifts; step 8 is the first multiple of 4 after it. DDP broadcasts buffers before each forward: what is
+    # found is the drift of batch 8 alone.
+    assert "SyncNormMismatch" in run["text"]
+    assert "First net.1.running_mean, channel 2: ranks [0] have " in run["text"]
+    assert "(largest difference 1)" in run["text"]
+    assert run["batches"] == 8
+    assert run["restored"] == LOCAL
 
 
 def test_sync_batchnorm_beside_it_is_refused(case: Any) -> None:

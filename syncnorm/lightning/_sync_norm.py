@@ -8,7 +8,9 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 from syncnorm.conversion import To
+from syncnorm.conversion._layers import find_layers
 from syncnorm.conversion._targets import TARGETS, default_of
+from syncnorm.diagnostics import audit
 from syncnorm.errors import SyncNormError
 from syncnorm.lightning._flavours import Callback, rank_zero_info, rank_zero_warn
 from syncnorm.lightning._refusals import refuse_copied, refuse_late, refuse_rivals, refuse_workers
@@ -57,6 +59,8 @@ class SyncNorm(Callback):
         d_max: Largest correction of the mean; 5 by default. Concerns ``"batch_renorm"`` only.
         options: Further options of the target by name, as :func:`syncnorm.convert` takes them, for example
             ``{"weight_standardization": True}`` for ``"group_norm"``.
+        audit_every_n_steps: Compare the converted layers over ranks, bit for bit, whenever so many optimizer steps are done,
+            and raise where they differ (:func:`syncnorm.audit`). None for never.
 
     Raises:
         ValueError: For an unknown ``to`` or a value out of range.
@@ -81,8 +85,12 @@ class SyncNorm(Callback):
         r_max: float | None = None,
         d_max: float | None = None,
         options: dict[str, bool | int | float | str] | None = None,
+        audit_every_n_steps: int | None = None,
     ) -> None:
         super().__init__()
+        if audit_every_n_steps is not None and audit_every_n_steps < 1:
+            raise ValueError(f"audit_every_n_steps must be at least 1, or None for never; got {audit_every_n_steps}.")
+        self.audit_every_n_steps, self._audited = audit_every_n_steps, 0
         self.revert = revert
         self._surgery = Surgery(
             to,
@@ -134,6 +142,19 @@ class SyncNorm(Callback):
                 f"has no effect: process_group={asked!r} gives each of the {world} ranks a group of its own. Use "
                 "process_group='world'."
             )
+
+    def on_train_batch_end(
+        self, trainer: "Trainer", pl_module: "LightningModule", outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        every, step = self.audit_every_n_steps, trainer.global_step
+        # Several optimizers count several steps a batch, and micro-batches none.
+        if every is None or step // every == self._audited // every:
+            return
+        self._audited = step
+        touched = {id(layer) for layer in self._surgery.touched}
+        names = {name for layer in find_layers(pl_module) if id(layer.module) in touched for name in layer.short_names}
+        if names:
+            audit(pl_module, include=lambda name, _: name in names)
 
     def teardown(self, trainer: "Trainer", pl_module: "LightningModule", stage: str) -> None:
         self._give_back()
