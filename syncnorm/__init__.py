@@ -10,8 +10,14 @@ from syncnorm._version import __version__
 from syncnorm.calibration import TentAdapter, adapt_batch_norm, reduce_buffers
 from syncnorm.conversion import convert, disabled, no_stats_update, plan, register_adapter, revert, validate_state_dict
 from syncnorm.diagnostics import audit, explain, inspect, list_norms
-from syncnorm.distributed import loss_weight, set_check
-from syncnorm.errors import SyncNormError, SyncNormMismatch
+from syncnorm.distributed import loss_weight, set_check, set_watch
+from syncnorm.errors import (
+    SyncNormError,
+    SyncNormMismatch,
+    SyncNormNonFinite,
+    SyncNormPeerLost,
+    SyncNormTimeout,
+)
 from syncnorm.modules import (
     BatchNormLSTM,
     BatchRenorm1d,
@@ -86,7 +92,10 @@ __all__ = [
     "SyncNorm",
     "SyncNormError",
     "SyncNormMismatch",
+    "SyncNormNonFinite",
+    "SyncNormPeerLost",
     "SyncNormPlugin",
+    "SyncNormTimeout",
     "TentAdapter",
     "WeightStandardizedConv2d",
     "__version__",
@@ -104,6 +113,7 @@ __all__ = [
     "register_adapter",
     "revert",
     "set_check",
+    "set_watch",
     "spectral_norm",
     "validate_state_dict",
     "verify",

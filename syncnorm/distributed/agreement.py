@@ -21,6 +21,7 @@ from torch.nn import Module
 from syncnorm._version import __version__
 from syncnorm.distributed.collectives import all_gather, find_group, group_device, group_ranks
 from syncnorm.distributed.groups import Group
+from syncnorm.distributed.watch import is_watching, sum_watched
 from syncnorm.distributed.wire import sum_row
 from syncnorm.errors import SyncNormMismatch
 
@@ -141,8 +142,8 @@ def sum_agreed(row: Tensor, group: Group, call: Call | None, direction: str, wor
     """
     if torch.compiler.is_compiling() or check_level() == "off":
         if direction != "forward":
-            return sum_row(row.clone(), group)
-        total = sum_row(torch.cat([row, row.new_full((1,), word)]), group)
+            return _sum(row.clone(), group, direction)
+        total = _sum(torch.cat([row, row.new_full((1,), word)]), group, direction)
         if not torch.compiler.is_compiling() and _on_host(total):
             _check_word(float(total.numpy()[-1]), group, word, None)
         return total[:-1]
@@ -153,7 +154,8 @@ def sum_agreed(row: Tensor, group: Group, call: Call | None, direction: str, wor
     hashes = _hashes(call, direction, n)
     while True:
         fits = n + _WORDS <= ledger.width
-        total = sum_row(_pack(row if fits else row[:0], ledger.width, (word, *hashes)), group)
+        packed = _pack(row if fits else row[:0], ledger.width, (word, *hashes))
+        total = _sum(packed, group, f"{place}, exchange #{ledger.exchanges + 1}")
         ledger.exchanges += 1
         if _on_host(total):
             _compare(total.numpy()[-_WORDS:], group, place, word, ledger.exchanges)
@@ -162,8 +164,14 @@ def sum_agreed(row: Tensor, group: Group, call: Call | None, direction: str, wor
         if fits:
             return total[:n]
         if n + _WORDS > _LARGEST_WIDTH:  # agreed upon, so it may go by itself
-            return sum_row(row.clone(), group)
+            return _sum(row.clone(), group, place)
         ledger.width = -(-(n + _WORDS) // _STEP) * _STEP
+
+
+def _sum(row: Tensor, group: Group, place: str) -> Tensor:
+    if is_watching() and not torch.compiler.is_compiling() and _on_host(row):
+        return sum_watched(row, group, place)
+    return sum_row(row, group)
 
 
 def _ledger(group: Group) -> _Ledger:

@@ -9,7 +9,7 @@ import pickle
 import tempfile
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from datetime import timedelta
 from multiprocessing.connection import wait
 from pathlib import Path
@@ -36,7 +36,13 @@ class RankError(RuntimeError):
 
 
 def run_ranks(
-    fn: Callable[..., Any], ranks: int, *args: Any, timeout: float = 60.0, group_timeout: float = 30.0, **kwargs: Any
+    fn: Callable[..., Any],
+    ranks: int,
+    *args: Any,
+    timeout: float = 60.0,
+    group_timeout: float = 30.0,
+    lost: Collection[int] = (),
+    **kwargs: Any,
 ) -> list[Any]:
     """Call ``fn(*args, **kwargs)`` in ``ranks`` processes that form a gloo process group.
 
@@ -47,6 +53,8 @@ def run_ranks(
         *args: Picklable arguments, the same for every rank.
         timeout: Seconds until all ranks are killed.
         group_timeout: Seconds after which a collective that waits for a peer fails.
+        lost: Ranks that are meant to die, stop or hang: nobody waits for them, and they answer None. The others then end
+            without a last meeting.
         **kwargs: As ``args``.
 
     Returns:
@@ -58,16 +66,16 @@ def run_ranks(
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(_PRELOAD)
     with tempfile.TemporaryDirectory(prefix="syncnorm-ranks-") as folder:
-        arguments = [(rank, ranks, folder, group_timeout, fn, args, kwargs) for rank in range(ranks)]
+        arguments = [(rank, ranks, folder, group_timeout, not lost, fn, args, kwargs) for rank in range(ranks)]
         processes = [context.Process(target=_run_rank, args=a, daemon=True) for a in arguments]
         for process in processes:
             process.start()
-        _wait(processes, timeout)
-        return _collect(processes, Path(folder), timeout)
+        _wait(processes, [p for rank, p in enumerate(processes) if rank not in lost], timeout)
+        return _collect(processes, Path(folder), timeout, lost)
 
 
 def _run_rank(
-    rank: int, ranks: int, folder: str, group_timeout: float, fn: Callable[..., Any], args: Any, kwargs: Any
+    rank: int, ranks: int, folder: str, group_timeout: float, meet: bool, fn: Callable[..., Any], args: Any, kwargs: Any
 ) -> None:
     os.environ.update(OMP_NUM_THREADS="1", RANK=str(rank), WORLD_SIZE=str(ranks), LOCAL_RANK=str(rank))
     torch.set_num_threads(1)
@@ -83,28 +91,33 @@ def _run_rank(
     with partial.open("wb") as file:
         pickle.dump(outcome, file)
     partial.rename(Path(folder) / f"{rank}.done")
+    if not meet:
+        os._exit(0)  # what waits for a lost rank would wait on
     if outcome[0] == "value" and dist.is_initialized():
         dist.barrier()  # so that no rank closes its sockets while another still reads from them
         dist.destroy_process_group()
 
 
-def _wait(processes: list[Any], timeout: float) -> None:
+def _wait(processes: list[Any], awaited: list[Any], timeout: float) -> None:
     deadline = time.monotonic() + timeout
-    running = list(processes)
+    running = awaited
     while running and time.monotonic() < deadline:
         finished = wait([p.sentinel for p in running], timeout=max(0.0, deadline - time.monotonic()))
         running = [p for p in running if p.sentinel not in finished]
-    for process in running:
+    for process in processes if len(awaited) < len(processes) else running:
         process.kill()
     for process in processes:
         process.join()
 
 
-def _collect(processes: list[Any], folder: Path, timeout: float) -> list[Any]:
+def _collect(processes: list[Any], folder: Path, timeout: float, lost: Collection[int]) -> list[Any]:
     values: list[Any] = []
     errors: dict[int, str] = {}
     for rank, process in enumerate(processes):
         done = folder / f"{rank}.done"
+        if rank in lost:
+            values.append(None)
+            continue
         if not done.exists():
             errors[rank] = f"no result after {timeout:g} s or killed (exit code {process.exitcode})"
             continue

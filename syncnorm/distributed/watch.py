@@ -1,0 +1,264 @@
+"""Who does not come: names the rank that is gone, frozen or elsewhere, where gloo says that a connection was closed.
+
+Exchanges of a watched group go over a process group of their own and are waited for in short turns. A thread of each rank
+writes where it is to the store that the ranks found each other by, so that those who wait can tell a process that has ended
+from one that is stopped and from one that runs other code, and one rank's finding reaches all.
+"""
+
+import json
+import os
+import socket
+import threading
+import time
+from contextlib import suppress
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch.distributed as dist
+from torch import Tensor
+
+from syncnorm.distributed.collectives import find_group, group_ranks, group_store
+from syncnorm.distributed.groups import Group
+from syncnorm.errors import SyncNormError, SyncNormPeerLost, SyncNormTimeout
+
+__all__ = ["is_watching", "set_watch", "sum_watched"]
+
+_TURN = 0.25  # seconds between two looks; what a fault costs beyond what finding it needs
+_SILENCE = 2.0  # seconds without a word after which a rank does not answer: eight turns of its thread
+_GONE = "The group cannot be used again: end the run, or start it again from the last checkpoint."
+_SHOWN = 200
+
+_patience: float | None = None
+
+
+def set_watch(seconds: float | None) -> None:
+    """Watch over the exchanges of synchronised layers on CPU, on all ranks alike; off at first.
+
+    With it a rank that was killed raises :class:`SyncNormPeerLost` on every other rank within seconds, and a rank that is
+    stopped or busy elsewhere :class:`SyncNormTimeout` after ``seconds``, in place of gloo's time limit of half an hour. Either
+    says of every rank which layer and call it was in last. Costs a thread per process that wakes four times a second, and a
+    process group of its own for each group of ranks. Exchanges on an accelerator and inside ``torch.compile`` are not watched.
+
+    Args:
+        seconds: How long ranks wait for one that lives and does not come; None to stop watching.
+
+    Raises:
+        ValueError: If ``seconds`` is not positive.
+    """
+    global _patience
+    if seconds is not None and not seconds > 0:
+        raise ValueError(f"ranks must wait for some time, got {seconds} seconds. None stops the watch.")
+    _patience = seconds
+
+
+def is_watching() -> bool:
+    """Whether :func:`set_watch` has been called with a time."""
+    return _patience is not None
+
+
+def sum_watched(row: Tensor, group: Group, place: str) -> Tensor:
+    """Sum ``row``, in place, over the ranks of ``group``, and say who does not come.
+
+    Args:
+        row: On CPU.
+        group: The ranks that meet, more than one.
+        place: Where this rank is, for the errors of all.
+
+    Raises:
+        SyncNormPeerLost: If the process of a rank has ended.
+        SyncNormTimeout: If a rank has not come in time.
+    """
+    assert _patience is not None
+    post = _post(group, _patience)
+    post.enter(place)
+    work = dist.all_reduce(row, group=find_group(post.name), async_op=True)
+    start = time.monotonic()
+    while True:
+        try:
+            work.wait(timedelta(seconds=_TURN))
+            break
+        except RuntimeError as error:
+            broken = str(error) if work.is_completed() else None  # else a turn is over, and the work goes on
+        waited = time.monotonic() - start
+        failure = post.failure(waited, broken, _patience)
+        if failure is not None:
+            del work
+            raise failure
+    post.leave()
+    return row
+
+
+class _Post:
+    """This rank's place among the ranks of one group: what it tells them, and what it hears."""
+
+    def __init__(self, ranks: tuple[int, ...], me: int, name: str, store: Any) -> None:
+        self.ranks, self.me, self.name, self.store = ranks, me, name, store
+        self.place, self.inside, self.meetings = "", False, 0
+        self.told: str | None = None
+        self.told_kind = ""
+        self.heard: dict[int, tuple[int, float]] = {}  # last count of a rank's thread, and when it was new
+        self.seen_alive: set[int] = set()
+        self._count = 0
+        self._identity = {"pid": os.getpid(), "started": _started(os.getpid()), "host": _host()}
+        self._write()
+        store.wait([str(r) for r in ranks])
+        for rank, record in self._records().items():
+            if _is_running(record):
+                self.seen_alive.add(rank)
+        threading.Thread(target=self._tell, name=f"syncnorm-watch-{name}", daemon=True).start()
+
+    def enter(self, place: str) -> None:
+        if self.told is not None:
+            raise self._error(self.told_kind, self.told)
+        self.meetings += 1
+        self.place, self.inside = place, True
+
+    def leave(self) -> None:
+        self.inside = False
+
+    def failure(self, waited: float, broken: str | None, patience: float) -> SyncNormError | None:
+        """What to raise after ``waited`` seconds, if anything; ``broken`` is gloo's own error."""
+        deadline = time.monotonic() + (2 * _SILENCE if broken else 0.0)
+        while True:
+            if self.told is None:
+                self._listen()
+            if self.told is not None:
+                return self._error(self.told_kind, self.told)
+            records = self._records()
+            gone = [r for r in self.seen_alive if r != self.me and not _is_running(records.get(r, {}))]
+            silent = self._silent(records)
+            if broken and not gone:
+                gone = silent  # on another machine, where its process cannot be looked up
+            if gone:
+                return self._find("lost", f"ranks {gone} are gone: their processes have ended", records, waited)
+            if time.monotonic() >= deadline:
+                break
+            time.sleep(_TURN)
+        if broken:
+            text = f"a rank that lives has closed its connection ({broken.split(']')[-1].strip()[:_SHOWN]})"
+            return self._find("lost", text, records, waited)
+        if waited < patience:
+            return None
+        late = [r for r in self.ranks if r != self.me and not self._is_here(records.get(r, {}))]
+        parts = []
+        if frozen := [r for r in late if r in silent]:
+            parts.append(f"ranks {frozen} do not answer: stopped, frozen or cut off")
+        if away := [r for r in late if r not in silent and not records.get(r, {}).get("inside")]:
+            parts.append(f"ranks {away} run code outside of synchronised layers")
+        if elsewhere := [r for r in late if r not in silent and r not in away]:
+            parts.append(f"ranks {elsewhere} wait in another exchange")
+        return self._find(
+            "late", "; ".join(parts) or "all ranks are here and the exchange does not end", records, waited
+        )
+
+    def _is_here(self, record: dict[str, Any]) -> bool:
+        return bool(record.get("inside")) and record.get("meetings") == self.meetings
+
+    def _silent(self, records: dict[int, dict[str, Any]]) -> list[int]:
+        now, silent = time.monotonic(), []
+        for rank, record in records.items():
+            count, since = self.heard.get(rank, (-1, now))
+            if record.get("count", -1) != count:
+                self.heard[rank] = (record.get("count", -1), now)
+            elif rank != self.me and now - since > _SILENCE:
+                silent.append(rank)
+        return silent
+
+    def _find(self, kind: str, what: str, records: dict[int, dict[str, Any]], waited: float) -> SyncNormError:
+        """Tell the others, and make the error."""
+        places = "; ".join(f"rank {r} {_where(record)}" for r, record in sorted(records.items()))
+        text = f"{what}. Waited {waited:.1f} s in {self.place}. A moment ago: {places}. {_GONE}"
+        self.told, self.told_kind = text, kind
+        with suppress(RuntimeError):  # the store may have gone with the rank that kept it
+            self.store.set("failure", json.dumps([kind, text]))
+        return self._error(kind, text)
+
+    def _error(self, kind: str, text: str) -> SyncNormError:
+        return (SyncNormPeerLost if kind == "lost" else SyncNormTimeout)(text)
+
+    def _listen(self) -> None:
+        if self.store.check(["failure"]):
+            kind, text = json.loads(bytes(self.store.get("failure")))
+            self.told, self.told_kind = _printable(str(text), 4000), str(kind)
+
+    def _records(self) -> dict[int, dict[str, Any]]:
+        try:
+            return {r: json.loads(bytes(self.store.get(str(r)))) for r in self.ranks}
+        except RuntimeError:
+            return {r: {} for r in self.ranks}  # the store went with the rank that kept it
+
+    def _write(self) -> None:
+        self._count += 1
+        own = {"count": self._count, "inside": self.inside, "meetings": self.meetings, "place": self.place[:_SHOWN]}
+        self.store.set(str(self.me), json.dumps({**own, **self._identity}))
+
+    def _tell(self) -> None:
+        while find_group_or_none(self.name) is not None:
+            try:
+                self._write()
+                if self.told is None:
+                    self._listen()
+            except RuntimeError:
+                return  # those who wait find out themselves
+            time.sleep(_TURN)
+
+
+_POSTS: WeakKeyDictionary[Any, _Post] = WeakKeyDictionary()
+_LOCK = threading.Lock()
+
+
+def _post(group: Group, patience: float) -> _Post:
+    live = find_group(group.name)
+    post = _POSTS.get(live)
+    if post is None:
+        ranks, me = group_ranks(group.name), dist.get_rank()
+        # Its own time limit lies behind ours, which knows whom to name.
+        limit = timedelta(seconds=patience + 60)
+        own = dist.new_group(list(ranks), timeout=limit, backend="gloo", use_local_synchronization=True)
+        name = own.group_name
+        del own  # a group that somebody holds cannot be destroyed
+        store = dist.PrefixStore(f"watch/{name}", group_store(group.name))
+        post = _POSTS[live] = _Post(ranks, me, name, store)
+    return post
+
+
+def find_group_or_none(name: str) -> Any:
+    """The process group of that name, if there still is one."""
+    try:
+        return find_group(name)
+    except (RuntimeError, ValueError, KeyError):
+        return None
+
+
+def _where(record: dict[str, Any]) -> str:
+    place = _printable(str(record.get("place", "")), _SHOWN)
+    if not place:
+        return "has met nobody"
+    return f"in {place}" if record.get("inside") else f"after {place}"
+
+
+def _printable(text: str, length: int) -> str:
+    return "".join(c if c.isprintable() else "?" for c in text[:length])
+
+
+def _host() -> str:
+    boot = Path("/proc/sys/kernel/random/boot_id")
+    return boot.read_text().strip() if boot.exists() else socket.gethostname()
+
+
+def _started(pid: int) -> str:
+    """When a process began, in ticks since the machine did; empty if it has ended or cannot be seen."""
+    try:
+        state, *fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return ""
+    return "" if state in "ZX" else fields[18]
+
+
+def _is_running(record: dict[str, Any]) -> bool:
+    """Whether the process of a record is seen to run here; a process id may have gone to another one."""
+    if record.get("host") != _host() or not isinstance(record.get("pid"), int):
+        return False
+    return _started(record["pid"]) == record.get("started") != ""
