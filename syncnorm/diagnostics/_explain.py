@@ -12,6 +12,7 @@ from syncnorm.conversion._layers import display, find_layers, keeps_batch_statis
 from syncnorm.core.running import RunningStatistics
 from syncnorm.diagnostics._trees import call
 from syncnorm.distributed import GroupSpec, resolve
+from syncnorm.distributed.agreement import check_level
 from syncnorm.distributed.collectives import is_initialized
 from syncnorm.errors import SyncNormError
 from syncnorm.functional._sync_batch_norm import _torch_serves
@@ -20,6 +21,15 @@ from syncnorm.modules import SyncStatistics
 from syncnorm.modules._mixed_statistics import MixedStatistics
 
 __all__ = ["explain"]
+
+
+_UNFIT = "torch's batch_norm does not take these dtypes together, or would read its counter on the host"
+_OFF_IN_GRAPH = "not inside torch.compile"
+_CHECKS = {
+    "off": "ranks compare only whether a backward follows (SYNCNORM_CHECK or syncnorm.set_check)",
+    "inline": f"ranks compare layer, direction, call, channels and dtype in every exchange; {_OFF_IN_GRAPH}",
+    "full": f"ranks compare layer, its settings, direction, call, channels and dtype in every exchange; {_OFF_IN_GRAPH}",
+}
 
 
 def explain(module: nn.Module, x: Any = None) -> str:
@@ -71,6 +81,9 @@ def _explain_layer(layer: SyncStatistics, name: str, x: Tensor | None, ran: bool
     lines = [("group", group), ("path", _path(layer, size, x))]
     if layer.training and _walks(layer, size, x):
         lines += _backends(layer, x, ran)
+        lines.append(("keeps", _kept(layer)))
+    if layer.training and size != 1:
+        lines.append(("check", _CHECKS[check_level()]))
     lines.append(("buffers", _buffers(layer)))
     head = f"{type(layer).__name__}({layer.num_features}){' ' + name if name else ''}"
     if x is not None:
@@ -107,17 +120,18 @@ def _path(layer: SyncStatistics, size: int | None, x: Tensor | None) -> str:
         which = (
             "the running statistics" if layer.running_mean is not None else "the batch of this rank (it tracks none)"
         )
-        return f"evaluation: torch's batch_norm with {which}, no exchange"
+        then = f", then {layer.activation}; in one pass where no gradient is needed" if layer.activation else ""
+        return f"evaluation: torch's batch_norm with {which}{then}, no exchange"
     if not _walks(layer, size, x):
         return "training, one rank: torch's batch_norm itself, no exchange"
     if size == 1:
-        return f"training, one rank: the synchronised walk without an exchange, because {_why_walk(layer)}"
+        return f"training, one rank: the synchronised walk without an exchange, because {_why_walk(layer) or _UNFIT}"
     over = "the ranks of its group" if size is None else f"{size} ranks"
     return f"training over {over}: one all-reduce forward, one backward"
 
 
 def _walks(layer: SyncStatistics, size: int | None, x: Tensor | None) -> bool:
-    if size != 1 or layer.backend != "auto" or layer.accumulate > 1:
+    if size != 1 or _why_walk(layer):
         return True
     if x is None:
         return False
@@ -129,11 +143,23 @@ def _walks(layer: SyncStatistics, size: int | None, x: Tensor | None) -> bool:
 
 
 def _why_walk(layer: SyncStatistics) -> str:
+    """What the layer has that torch's batch_norm has not; empty if nothing."""
     if layer.backend != "auto":
         return f"backend={layer.backend!r} was asked for by name"
     if layer.accumulate > 1:
         return "statistics are gathered over micro-batches"
-    return "torch's batch_norm does not take these dtypes together, or would read its counter on the host"
+    if layer.activation or layer.memory_efficient:
+        return "the activation is applied in the same pass" if layer.activation else "the output is kept, not the input"
+    return "" if layer.on_nonfinite == "propagate" else f"on_nonfinite={layer.on_nonfinite!r}"
+
+
+def _kept(layer: SyncStatistics) -> str:
+    if layer.memory_efficient:
+        return "the output, which the layer that follows keeps anyway, and a few numbers per channel"
+    if layer.activation in ("relu", "leaky_relu"):
+        return "the input, a few numbers per channel, and one bit an element where there is a residual"
+    smooth = ", and the residual where there is one" if layer.activation else ""
+    return f"the input and a few numbers per channel{smooth}"
 
 
 def _backends(layer: SyncStatistics, x: Tensor | None, ran: bool) -> list[tuple[str, str]]:
