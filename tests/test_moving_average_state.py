@@ -173,4 +173,4 @@ def test_batches_of_two_digits_train() -> None:
         with torch.no_grad():
             return float((net.eval()(images[1000:]).argmax(1) != labels[1000:]).float().mean())
 
-    assert error(MovingAverageBatchNorm1d) < 0.12 < 0.25 < error(nn.BatchNorm1d)
+    assert error(MovingAverageBatchNorm1d) < 0.15 < 0.25 < error(nn.BatchNorm1d)
