@@ -236,6 +236,18 @@ def test_an_activation_is_part_of_copies_and_may_change() -> None:
     assert type(syncnorm.revert(layer)) is nn.BatchNorm2d
 
 
+@pytest.mark.parametrize("kind", [syncnorm.SyncBatchNorm2d, BatchRenorm2d, syncnorm.GroupNorm])
+def test_another_activation_for_one_call(kind: type[nn.Module]) -> None:
+    layer, x = (
+        kind(6, **({"num_groups": 2} if kind is syncnorm.GroupNorm else {"momentum": 0.0})),
+        torch.randn(4, 6, 3, 3),
+    )
+    for mode in (True, False):
+        y = layer.train(mode)(x)
+        torch.testing.assert_close(layer(x, activation=Activation("leaky_relu", 0.2)), functional.leaky_relu(y, 0.2))
+        assert torch.equal(layer(x), y)
+
+
 @pytest.mark.parametrize("kind", [GhostBatchNorm2d, BatchRenorm2d, FrozenBatchNorm2d])
 def test_the_other_families_apply_it_too(kind: type[nn.Module]) -> None:
     options = {"virtual_batch_size": 2} if kind is GhostBatchNorm2d else {}

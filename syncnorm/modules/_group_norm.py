@@ -4,7 +4,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from syncnorm.core.activation import find_activation
+from syncnorm.core.activation import Activation, find_activation
 from syncnorm.functional._group_norm import check_groups, group_norm
 from syncnorm.kernels.rows import check_row_backend
 
@@ -70,10 +70,13 @@ class GroupNorm(nn.GroupNorm):
             if parameter is not None:
                 nn.init.constant_(parameter, value)
 
-    def forward(self, input: Tensor) -> Tensor:
+    def forward(self, input: Tensor, *, activation: Activation | None = None) -> Tensor:
+        """Normalise ``input`` [N, C, *] and apply the layer's activation, or for this call another."""
+        own = activation or find_activation(self.activation, self.negative_slope)
+        name, slope = own or (None, 0.0)
         return group_norm(
             input, self.num_groups, self.weight, self.bias, self.eps,
-            activation=self.activation, negative_slope=self.negative_slope, backend=self.backend,
+            activation=name, negative_slope=slope, backend=self.backend,
         )  # fmt: skip
 
     def extra_repr(self) -> str:

@@ -126,7 +126,14 @@ class SyncStatistics(_BatchNorm):
         if virtual_batch_size is not None:
             self._become_ghosts(virtual_batch_size)
 
-    def forward(self, input: Tensor, residual: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        input: Tensor,
+        residual: Tensor | None = None,
+        mask: Tensor | None = None,
+        *,
+        activation: Activation | None = None,
+    ) -> Tensor:
         """Compute ``act(norm(input) + residual)``: by the statistics of all ranks when training, else by the running ones.
 
         Args:
@@ -134,12 +141,14 @@ class SyncStatistics(_BatchNorm):
             residual: Added before the activation; of the shape and dtype of ``input``, in any layout.
             mask: Which values count in the statistics, or how much: ``[N]``, ``[N, *]`` or ``[N, 1, *]``; see
                 :func:`syncnorm.functional.masked_batch_norm`. All ranks must give one, or none.
+            activation: For this call, in place of the layer's own.
         """
+        activation = self._activation if activation is None else activation
         try:
             if mask is None and self.family == "sync_batch_norm":
-                return self._synchronise(input, residual)
+                return self._synchronise(input, residual, activation)
             y = self._normalize(input) if mask is None else self._normalize_masked(input, mask)
-            return follow(y, residual, self._activation)
+            return follow(y, residual, activation)
         except (ValueError, TypeError, SyncNormError) as error:
             raise self._named(error) from error
 
@@ -151,12 +160,12 @@ class SyncStatistics(_BatchNorm):
         """What a family other than SyncBatchNorm computes, without what follows."""
         raise NotImplementedError
 
-    def _synchronise(self, input: Tensor, residual: Tensor | None) -> Tensor:
+    def _synchronise(self, input: Tensor, residual: Tensor | None, activation: Activation | None) -> Tensor:
         if not self.training:
             validate(input, self.num_features, self.input_dims)
             check_residual(input, residual)
             return evaluate(
-                input, self.running_mean, self.running_var, self.weight, self.bias, self.eps, residual, self._activation
+                input, self.running_mean, self.running_var, self.weight, self.bias, self.eps, residual, activation
             )
         tracked = self.track_running_stats
         return sync_batch_norm(
@@ -177,7 +186,7 @@ class SyncStatistics(_BatchNorm):
             input_dims=self.input_dims,
             site=None if torch.compiler.is_compiling() else self,
             residual=residual,
-            activation=self._activation,
+            activation=activation,
             memory_efficient=self.memory_efficient,
             on_nonfinite=self.on_nonfinite,
         )
