@@ -9,6 +9,8 @@ from syncnorm.errors import SyncNormError
 from syncnorm.kernels import native
 from syncnorm.kernels.native import _build
 
+RELU = 1  # the operators' code for it
+
 needs_compiler = pytest.mark.skipif(_build.compiler() is None, reason="no C++ compiler on this machine")
 
 
@@ -54,35 +56,104 @@ def test_objections_name_the_device_and_the_dtype() -> None:
 
 @needs_compiler
 def test_operators_pass_torchs_own_checks() -> None:
-    native.build()
-    native._load.cache_clear()
-    assert native.load() is None
+    load()
     ops = torch.ops.syncnorm
     vector = torch.rand(3, dtype=torch.float64) + 0.5
-    for x in (torch.randn(2, 3, 5), torch.randn(7, 3, dtype=torch.bfloat16)):
+    means = torch.rand(2, 3, dtype=torch.float64)
+    # Runs, short rows, and rows across the channels that share the bytes of a mask.
+    for x in (torch.randn(2, 3, 17), torch.randn(5, 3, 5), torch.randn(13, 3, dtype=torch.bfloat16)):
         g = torch.randn_like(x)
+        affine = vector, vector, torch.ones(3), None
+        mask = ops.batch_normalize_masked(x, *affine, RELU, 0.0, g)[1]
+        assert mask.numel() * 8 < x.numel() + 8 * (6 if x.size(-1) == 17 else 1)
         for op, arguments in (
             (ops.batch_moments, (x,)),
-            (ops.batch_normalize, (x, vector, vector, torch.ones(3), None)),
-            (ops.batch_backward_reduce, (g, x, vector, vector)),
-            (ops.batch_backward_input, (g, x, vector, vector, None, torch.rand(2, 3, dtype=torch.float64))),
+            (ops.batch_normalize, (x, *affine, 0, 0.0, None)),
+            (ops.batch_normalize_masked, (x, *affine, RELU, 0.0, g)),
+            (ops.batch_backward_reduce, (g, x, *affine, RELU, 0.0, mask)),
+            (ops.batch_backward_input, (g, x, *affine, means, RELU, 0.0, None)),
+            (ops.batch_backward_input_and_residual, (g, x, *affine, means, RELU, 0.0, mask)),
         ):
             torch.library.opcheck(op.default, arguments, test_utils=("test_schema", "test_faketensor"))
 
 
 @needs_compiler
+def test_operators_refuse_what_they_would_misread() -> None:
+    load()
+    ops = torch.ops.syncnorm
+    x, vector = torch.randn(4, 3, 20), torch.ones(3, dtype=torch.float64)
+    affine = vector, vector, None, None
+    with pytest.raises(RuntimeError, match=r"expected a contiguous \[N, C, S\] or \[M, C\] tensor"):
+        ops.batch_moments(x.transpose(0, 1))
+    with pytest.raises(RuntimeError, match="residual must be contiguous and of the shape and dtype of x"):
+        ops.batch_normalize(x, *affine, 0, 0.0, x.double())
+    with pytest.raises(RuntimeError, match="grad must be contiguous and of the shape and dtype of x"):
+        ops.batch_backward_reduce(x[:2], x, *affine, 0, 0.0, None)
+    with pytest.raises(RuntimeError, match="this is not the mask of x"):
+        ops.batch_backward_reduce(x, x, *affine, RELU, 0.0, torch.zeros(5, dtype=torch.uint8))
+    with pytest.raises(RuntimeError, match="expected a parameter of 3 entries, got 4"):
+        ops.batch_normalize(x, vector, vector, torch.ones(4), None, 0, 0.0, None)
+    with pytest.raises(RuntimeError, match="unknown activation 9"):
+        ops.batch_normalize(x, *affine, 9, 0.0, None)
+
+
+@needs_compiler
+def test_empty_tensors_have_empty_results() -> None:
+    load()
+    ops = torch.ops.syncnorm
+    for x in (torch.empty(0, 3, 20), torch.empty(4, 3, 0), torch.empty(0, 3), torch.empty(4, 0)):
+        vector = torch.ones(x.size(1), dtype=torch.float64)
+        affine = vector, vector, None, None
+        assert torch.equal(ops.batch_moments(x), torch.zeros(2, x.size(1), dtype=torch.float64))
+        assert torch.equal(ops.batch_normalize(x, *affine, RELU, 0.0, None), x)
+        assert torch.equal(ops.batch_backward_reduce(x, x, *affine, 0, 0.0, None), torch.zeros(2, x.size(1)).double())
+        y, mask = ops.batch_normalize_masked(x, *affine, RELU, 0.0, x)
+        assert torch.equal(y, x) and mask.numel() == 0
+
+
+@needs_compiler
 def test_results_do_not_depend_on_the_number_of_threads() -> None:
-    native.build()
-    native._load.cache_clear()
-    assert native.load() is None
+    load()
+    ops = torch.ops.syncnorm
     x = torch.randn(9, 37, 33, 31)
+    vector = torch.rand(37, dtype=torch.float64) + 0.5
     before = torch.get_num_threads()
     try:
         outcomes = []
         for threads in (1, 2):
             torch.set_num_threads(threads)
-            outcomes += [torch.ops.syncnorm.batch_moments(f) for f in (x.flatten(2), x.movedim(1, -1).reshape(-1, 37))]
+            for f in (x.flatten(2), x.movedim(1, -1).reshape(-1, 37)):
+                affine = vector, vector, None, None
+                y, mask = ops.batch_normalize_masked(f, *affine, RELU, 0.0, f)
+                sums = ops.batch_backward_reduce(f, f, *affine, RELU, 0.0, mask)
+                outcomes.append((ops.batch_moments(f), y, mask, sums))
     finally:
         torch.set_num_threads(before)
-    assert torch.equal(outcomes[0], outcomes[2])
-    assert torch.equal(outcomes[1], outcomes[3])
+    for one, two in zip(outcomes[:2], outcomes[2:], strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(one, two, strict=True))
+
+
+@needs_compiler
+def test_large_outputs_bypass_the_caches_and_are_the_same() -> None:
+    load()
+    ops = torch.ops.syncnorm
+    vector = torch.rand(64, dtype=torch.float64) + 0.5
+    affine = vector, vector, None, None
+    for x in (torch.randn(64, 64, 32, 32).flatten(2), torch.randn(1 << 16, 64)):
+        assert x.nbytes >= 1 << 24  # kStreamBytes
+        means = torch.stack([vector, vector])
+        whole = ops.batch_normalize(x, *affine, RELU, 0.0, None), *ops.batch_backward_input_and_residual(
+            x, x, *affine, means, RELU, 0.0, None
+        )  # fmt: skip
+        for part in x.split(x.size(0) // 2):
+            expected = ops.batch_normalize(part, *affine, RELU, 0.0, None), *ops.batch_backward_input_and_residual(
+                part, part, *affine, means, RELU, 0.0, None
+            )  # fmt: skip
+            at = slice(0, part.size(0)) if part.data_ptr() == x.data_ptr() else slice(part.size(0), None)
+            assert all(torch.equal(a[at], b) for a, b in zip(whole, expected, strict=True))
+
+
+def load() -> None:
+    native.build()
+    native._load.cache_clear()
+    assert native.load() is None

@@ -11,11 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from syncnorm.core.activation import Activation
+from syncnorm.core.activation import ACTIVATIONS, Activation
 from syncnorm.core.layout import count_per_channel
 from syncnorm.core.moments import Moments
 from syncnorm.core.traced import constant_while_traced
-from syncnorm.kernels import reference
 from syncnorm.kernels.native._build import build, compiler, library_path
 
 __all__ = [
@@ -28,6 +27,8 @@ __all__ = [
     "objection",
 ]
 
+_CODES = {name: code for code, name in enumerate(ACTIVATIONS, 1)}
+_GROUP = 16  # kGroup of batch.h
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -67,7 +68,7 @@ def _load() -> str | None:
 
 def batch_moments(x: Tensor) -> Moments:
     """Count, mean and M2 per channel of flat ``x``."""
-    mean, m2 = torch.ops.syncnorm.batch_moments(x).unbind(0)
+    mean, m2 = _ops().batch_moments.default(x).unbind(0)
     return Moments(float(count_per_channel(x)), mean, m2)
 
 
@@ -80,10 +81,11 @@ def batch_normalize(
     activation: Activation | None = None,
     residual: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """``act((x - mean)·rstd·weight + bias + residual)``, subtracting first."""
-    if activation is not None or residual is not None:
-        return reference.batch_normalize(x, mean, rstd, weight, bias, activation, residual)
-    return torch.ops.syncnorm.batch_normalize(x, mean, rstd, weight, bias), None
+    """``act((x - mean)·rstd·weight + bias + residual)``, subtracting first. A run of one channel has whole bytes of mask."""
+    arguments = x, mean, rstd, weight, bias, *_code(activation), residual
+    if residual is not None and activation is not None and activation.is_piecewise_linear:
+        return _ops().batch_normalize_masked.default(*arguments)  # type: ignore[no-any-return]
+    return _ops().batch_normalize.default(*arguments), None
 
 
 def batch_backward_reduce(
@@ -97,9 +99,7 @@ def batch_backward_reduce(
     side: Tensor | None = None,
 ) -> Tensor:
     """Σg' and Σg'·x̂, float64 ``[2, C]``."""
-    if activation is not None:
-        return reference.batch_backward_reduce(grad, x, mean, rstd, weight, bias, activation, side)
-    sums: Tensor = torch.ops.syncnorm.batch_backward_reduce(grad, x, mean, rstd)
+    sums: Tensor = _ops().batch_backward_reduce.default(grad, x, mean, rstd, weight, bias, *_code(activation), side)
     return sums
 
 
@@ -116,28 +116,48 @@ def batch_backward_input(
     needs_residual: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
     """``rstd·weight·(g' - ⟨g'⟩ - x̂⟨g'·x̂⟩)``, and g' for the residual."""
-    if activation is not None:
-        return reference.batch_backward_input(
-            grad, x, mean, rstd, weight, means, bias, activation, side, needs_residual
-        )
-    return torch.ops.syncnorm.batch_backward_input(grad, x, mean, rstd, weight, means), None
+    arguments = grad, x, mean, rstd, weight, bias, means, *_code(activation), side
+    if needs_residual and activation is not None:
+        return _ops().batch_backward_input_and_residual.default(*arguments)  # type: ignore[no-any-return]
+    return _ops().batch_backward_input.default(*arguments), None
+
+
+def _ops() -> Any:
+    # Callers name the overload, too: a packet looks for it at every call.
+    return torch.ops.syncnorm
+
+
+def _code(activation: Activation | None) -> tuple[int, float]:
+    """An activation in the arguments of the operators."""
+    if activation is None:
+        return 0, 0.0
+    return _CODES[activation.name], activation.negative_slope
 
 
 def _register_fakes() -> None:
-    def sums(*tensors: Tensor) -> Tensor:
-        return tensors[0].new_empty(2, tensors[0].size(1), dtype=torch.float64)
+    def sums(*arguments: Any) -> Tensor:
+        x: Tensor = arguments[0]
+        return x.new_empty(2, x.size(1), dtype=torch.float64)
 
-    def first(x: Tensor, *_: Tensor | None) -> Tensor:
+    def like(x: Tensor, *_: Any) -> Tensor:
         return torch.empty_like(x)
 
-    def second(_: Tensor, x: Tensor, *__: Tensor | None) -> Tensor:
-        return torch.empty_like(x)
+    def masked(x: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+        # Runs of one channel have whole bytes, all else is one row of bits.
+        runs = x.dim() == 3 and x.size(2) >= _GROUP
+        mask_bytes = x.size(0) * x.size(1) * (-(-x.size(2) // 8)) if runs else -(-x.numel() // 8)
+        return torch.empty_like(x), x.new_empty(mask_bytes, dtype=torch.uint8)
+
+    def both(grad: Tensor, x: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+        return torch.empty_like(x), torch.empty_like(x)
 
     fakes: dict[str, Callable[..., Any]] = {
         "batch_moments": sums,
+        "batch_normalize": like,
+        "batch_normalize_masked": masked,
         "batch_backward_reduce": sums,
-        "batch_normalize": first,
-        "batch_backward_input": second,
+        "batch_backward_input": like,
+        "batch_backward_input_and_residual": both,
     }
     for name, fake in fakes.items():
         torch.library.register_fake(f"syncnorm::{name}", fake)

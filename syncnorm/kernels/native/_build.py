@@ -21,7 +21,16 @@ from syncnorm.errors import SyncNormError
 __all__ = ["build", "compiler", "library_path"]
 
 _FOLDER = Path(__file__).parent
-_FLAGS = ["-O3", "-std=c++20", "-fPIC", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast"]
+_FLAGS = [
+    "-O3",
+    "-std=c++20",
+    "-fPIC",
+    "-fopenmp",
+    "-fno-math-errno",
+    "-fno-trapping-math",
+    "-ffp-contract=fast",
+    "-Wno-psabi",
+]
 
 
 def compiler() -> str | None:
@@ -102,8 +111,9 @@ def _run(command: list[str], verbose: bool) -> None:
         print(" ".join(command), file=sys.stderr, flush=True)
     outcome = subprocess.run(command, capture_output=True, text=True, check=False)
     if outcome.returncode:
-        lines = "\n".join((outcome.stderr or outcome.stdout).strip().splitlines()[-12:])
-        raise SyncNormError(f"building the native backend failed (exit code {outcome.returncode}):\n{lines}")
+        lines = (outcome.stderr or outcome.stdout).strip().splitlines()
+        shown = "\n".join([line for line in lines if "error" in line][-12:] or lines[-12:])
+        raise SyncNormError(f"building the native backend failed (exit code {outcome.returncode}):\n{shown}")
 
 
 def _processor() -> str:

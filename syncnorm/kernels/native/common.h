@@ -35,7 +35,8 @@ template <typename E> struct VectorOf { typedef E type __attribute__((vector_siz
 template <typename E> using vec_t = typename VectorOf<E>::type;
 
 // What a comparison of vectors gives: all ones in the lanes where it holds.
-template <typename A> using mask_t = vec_t<std::conditional_t<std::is_same_v<A, double>, int64_t, int32_t>>;
+template <typename A> using lane_t = std::conditional_t<std::is_same_v<A, double>, int64_t, int32_t>;
+template <typename A> using mask_t = vec_t<lane_t<A>>;
 
 template <typename V> inline V read(const void* p) { V v; std::memcpy(&v, p, sizeof(V)); return v; }
 template <typename V> inline void write(void* p, V v) { std::memcpy(p, &v, sizeof(V)); }

@@ -1,0 +1,66 @@
+// What forward and backward of batch normalisation have in common: y before the activation, with the same roundings.
+
+#pragma once
+
+#include "activation.h"
+#include "batch.h"
+
+namespace syncnorm {
+
+constexpr int64_t kStreamBytes = int64_t{1} << 24;  // outputs from here on bypass the caches
+
+// Statistics and affine parameters of all channels, in double.
+struct Channels {
+  std::vector<double> mean, rstd, weight, bias;
+
+  Channels(int64_t C, const Tensor& mean, const Tensor& rstd, const OptTensor& weight, const OptTensor& bias)
+      : mean(values_of(mean, C, 0)), rstd(values_of(rstd, C, 1)), weight(values_of(weight, C, 1)), bias(values_of(bias, C, 0)) {}
+
+  double scale(int64_t c) const { return rstd[c] * weight[c]; }
+
+  // mean, scale and shift of a channel; what rounding takes from the mean is returned through the shift.
+  template <typename A> void affine(int64_t c, A* values) const {
+    values[0] = static_cast<A>(mean[c]);
+    values[1] = static_cast<A>(scale(c));
+    values[2] = static_cast<A>(bias[c] + (static_cast<double>(values[0]) - mean[c]) * scale(c));
+  }
+};
+
+// (x - mean)·scale + shift, the parameters 0, 1 and 2.
+template <typename V, typename Vec> inline Vec pre_activation(Vec x, const V& view, int64_t column) {
+  return (x - view.template get<0>(column)) * view.template get<1>(column) + view.template get<2>(column);
+}
+
+// Whether all rows are whole cache lines and there are so many of them that the next reader will not find them in a cache.
+template <typename T> bool streams(const Layout& layout, const T* out) {
+  if (layout.parts.size() != 1 || reinterpret_cast<uintptr_t>(out) % 64) return false;
+  const Part& part = layout.parts[0];
+  const int64_t row = part.columns * sizeof(T);
+  return row % 64 == 0 && part.rows * row >= kStreamBytes;
+}
+
+inline void expect_like(const Tensor& t, const Tensor& x, const char* name) {
+  TORCH_CHECK(
+      t.is_contiguous() && t.sizes() == x.sizes() && t.scalar_type() == x.scalar_type(), name,
+      " must be contiguous and of the shape and dtype of x");
+}
+
+// Calls f with a std::integral_constant of the value.
+template <typename B, typename F> void with_constant(B value, F f) {
+  if (value) {
+    f(std::integral_constant<B, true>{});
+  } else {
+    f(std::integral_constant<B, false>{});
+  }
+}
+template <typename F> void with_shape(Shape shape, F f) {
+  if (shape == Shape::kNone) {
+    f(std::integral_constant<Shape, Shape::kNone>{});
+  } else if (shape == Shape::kPiecewise) {
+    f(std::integral_constant<Shape, Shape::kPiecewise>{});
+  } else {
+    f(std::integral_constant<Shape, Shape::kSmooth>{});
+  }
+}
+
+}  // namespace syncnorm
