@@ -7,6 +7,7 @@ small row); a traced call uses the functional one, which torch.compile can keep 
 import hashlib
 from collections.abc import Callable
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -15,6 +16,7 @@ from torch import Tensor
 __all__ = [
     "all_gather",
     "all_reduce_sum",
+    "begin_all_reduce",
     "find_group",
     "group_backend",
     "group_device",
@@ -88,6 +90,15 @@ def all_reduce_sum(row: Tensor, name: str) -> Tensor:
         return torch.ops._c10d_functional.wait_tensor(pending)  # type: ignore[no-any-return]
     dist.all_reduce(row, op=dist.ReduceOp.SUM, group=find_group(name))
     return row
+
+
+def begin_all_reduce(row: Tensor, name: str) -> Any:
+    """Begin to sum ``row`` over the ranks of the named group, in place.
+
+    The work that is given back has ``wait(timedelta)``, which raises when that time is over and leaves the work going, and
+    ``is_completed``.
+    """
+    return dist.all_reduce(row, op=dist.ReduceOp.SUM, group=find_group(name), async_op=True)
 
 
 def all_gather(row: Tensor, name: str, size: int | None = None) -> Tensor:

@@ -19,7 +19,7 @@ from weakref import WeakKeyDictionary
 import torch.distributed as dist
 from torch import Tensor
 
-from syncnorm.distributed.collectives import find_group, group_ranks, group_store
+from syncnorm.distributed.collectives import begin_all_reduce, find_group, group_ranks, group_store
 from syncnorm.distributed.groups import Group
 from syncnorm.errors import SyncNormError, SyncNormPeerLost, SyncNormTimeout
 
@@ -73,7 +73,7 @@ def sum_watched(row: Tensor, group: Group, place: str) -> Tensor:
     assert _patience is not None
     post = _post(group, _patience)
     post.enter(place)
-    work = dist.all_reduce(row, group=find_group(post.name), async_op=True)
+    work = begin_all_reduce(row, post.name)
     start = time.monotonic()
     while True:
         try:
