@@ -45,10 +45,10 @@ def filter_response_norm(
     check_channels("filter_response_norm", input, None if vector is None else vector.numel())
     mean, var = instance_moments(input)
     nu2 = var + mean.square()
-    eps_ = eps if learned_eps is None else eps + learned_eps.to(nu2.dtype).abs()
-    scale = torch.rsqrt(nu2 + eps_)
-    y = normalize_samples(input, None, scale if weight is None else scale * weight, bias)
-    return y if threshold is None else thresholded_linear_unit(y, threshold)
+    scale = torch.rsqrt(nu2 + (eps if learned_eps is None else eps + learned_eps.to(nu2.dtype).abs()))
+    x = input if threshold is None else input.to(nu2.dtype)  # rounded to τ, y would have half of the gradient
+    y = normalize_samples(x, None, scale if weight is None else scale * weight, bias)
+    return y if threshold is None else thresholded_linear_unit(y, threshold).to(input.dtype)
 
 
 def thresholded_linear_unit(input: Tensor, threshold: Tensor) -> Tensor:
