@@ -8,9 +8,18 @@ from typing import TYPE_CHECKING, Any
 
 from syncnorm._version import __version__
 from syncnorm.calibration import TentAdapter, adapt_batch_norm, reduce_buffers
-from syncnorm.conversion import convert, disabled, no_stats_update, plan, register_adapter, revert, validate_state_dict
+from syncnorm.conversion import (
+    convert,
+    disabled,
+    join,
+    no_stats_update,
+    plan,
+    register_adapter,
+    revert,
+    validate_state_dict,
+)
 from syncnorm.diagnostics import audit, explain, inspect, list_norms
-from syncnorm.distributed import loss_weight, set_check, set_watch
+from syncnorm.distributed import loss_weight, set_check, set_exchange, set_watch
 from syncnorm.errors import (
     SyncNormError,
     SyncNormMismatch,
@@ -105,6 +114,7 @@ __all__ = [
     "disabled",
     "explain",
     "inspect",
+    "join",
     "list_norms",
     "loss_weight",
     "no_stats_update",
@@ -113,6 +123,7 @@ __all__ = [
     "register_adapter",
     "revert",
     "set_check",
+    "set_exchange",
     "set_watch",
     "spectral_norm",
     "validate_state_dict",

@@ -78,3 +78,9 @@ def step_errors(
     part = my_slice(splits)
     whole = results(whole_layer, x, loss_weight, **options)
     return errors(results(layer, x[part], loss_weight[part], **options), whole, part)
+
+
+def count_exchanges(graph: torch.fx.Graph) -> int:
+    """Sums over ranks in a graph: functional collectives, and our own operator, which functionalisation wraps."""
+    called = [node.args[0] if "auto_functionalized" in str(node.target) else node.target for node in graph.nodes]
+    return sum("all_reduce" in str(what) for what in called)

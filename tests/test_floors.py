@@ -13,7 +13,7 @@ PACKAGE = Path(__file__).resolve().parent.parent / "syncnorm"
 FLOORS = {
     "core": set(),
     "kernels": {"core"},
-    "distributed": {"core"},
+    "distributed": {"core", "kernels"},
     "functional": {"core", "kernels", "distributed"},
     "modules": {"core", "kernels", "distributed", "functional"},
     "testing": {"core", "distributed"},

@@ -14,6 +14,8 @@ from syncnorm.diagnostics._trees import call
 from syncnorm.distributed import GroupSpec, resolve
 from syncnorm.distributed.agreement import check_level
 from syncnorm.distributed.collectives import is_initialized
+from syncnorm.distributed.groups import known
+from syncnorm.distributed.wire import describe
 from syncnorm.errors import SyncNormError
 from syncnorm.functional._sync_batch_norm import _torch_serves
 from syncnorm.kernels import BACKENDS, objections
@@ -33,7 +35,7 @@ _CHECKS = {
 
 
 def explain(module: nn.Module, x: Any = None) -> str:
-    """Say which path a synchronised layer takes and why: its group, the kernel backend, the running statistics.
+    """Say which path a synchronised layer takes and why: its group, the kernel backend, the wire, the running statistics.
 
     Only this rank is asked, so any rank may call it alone. No collective is made and no buffer moves.
 
@@ -83,7 +85,7 @@ def _explain_layer(layer: SyncStatistics, name: str, x: Tensor | None, ran: bool
         lines += _backends(layer, x, ran)
         lines.append(("keeps", _kept(layer)))
     if layer.training and size != 1:
-        lines.append(("check", _CHECKS[check_level()]))
+        lines += [("check", _CHECKS[check_level()]), ("wire", _wire(layer, x))]
     lines.append(("buffers", _buffers(layer)))
     head = f"{type(layer).__name__}({layer.num_features}){' ' + name if name else ''}"
     if x is not None:
@@ -128,6 +130,18 @@ def _path(layer: SyncStatistics, size: int | None, x: Tensor | None) -> str:
         return f"training, one rank: the synchronised walk without an exchange, because {_why_walk(layer) or _UNFIT}"
     over = "the ranks of its group" if size is None else f"{size} ranks"
     return f"training over {over}: one all-reduce forward, one backward"
+
+
+def _wire(layer: SyncStatistics, x: Tensor | None) -> str:
+    try:
+        group = known(layer._group_spec)
+    except SyncNormError as error:
+        return f"none: {error}"
+    if group is None or not group.name:
+        return "agreed by each group at its first exchange"
+    own = layer.running_mean if layer.running_mean is not None else layer.weight
+    device = x.device if x is not None else torch.device("cpu") if own is None else own.device
+    return describe(group.name, device.type)
 
 
 def _walks(layer: SyncStatistics, size: int | None, x: Tensor | None) -> bool:

@@ -4,5 +4,16 @@ from syncnorm.distributed.agreement import set_check
 from syncnorm.distributed.groups import Group, GroupSpec, group_spec, make_subgroups, resolve
 from syncnorm.distributed.loss_weight import loss_weight
 from syncnorm.distributed.watch import set_watch
+from syncnorm.distributed.wire import set_exchange
 
-__all__ = ["Group", "GroupSpec", "group_spec", "loss_weight", "make_subgroups", "resolve", "set_check", "set_watch"]
+__all__ = [
+    "Group",
+    "GroupSpec",
+    "group_spec",
+    "loss_weight",
+    "make_subgroups",
+    "resolve",
+    "set_check",
+    "set_exchange",
+    "set_watch",
+]

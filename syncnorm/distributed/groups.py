@@ -18,7 +18,7 @@ from syncnorm.core.traced import constant_while_traced
 from syncnorm.distributed import collectives
 from syncnorm.errors import SyncNormError
 
-__all__ = ["LOCAL", "Group", "GroupSpec", "group_spec", "make_subgroups", "resolve"]
+__all__ = ["LOCAL", "Group", "GroupSpec", "group_spec", "known", "make_subgroups", "resolve"]
 
 
 @dataclass(frozen=True)
@@ -152,6 +152,14 @@ def _resolve(spec: GroupSpec) -> Group:
             raise SyncNormError(_gone(spec))
         return Group(spec.name, len(spec.ranks))
     return _subgroup(spec)
+
+
+def known(spec: GroupSpec) -> Group | None:
+    """As :func:`resolve`, but meets nobody: None where the group would have to be made first."""
+    if spec.kind not in ("node", "size") or not collectives.is_initialized():
+        return _resolve(spec)
+    name, members = _made.get(dist.group.WORLD, {}).get((dist.get_rank(), spec), ("", ()))
+    return Group(name, len(members)) if members and collectives.group_ranks(name) == members else None
 
 
 def make_subgroups(size: int | Literal["node"]) -> dist.ProcessGroup:

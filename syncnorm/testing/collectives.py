@@ -1,10 +1,12 @@
-"""Counts what a piece of code sends, by watching torch's collectives from outside."""
+"""Counts what a piece of code sends, by watching torch's collectives, and our own ways beside them, from outside."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch.distributed as dist
+
+from syncnorm.distributed.wire.shm import Segment
 
 __all__ = ["count_collectives"]
 
@@ -22,25 +24,27 @@ _WATCHED = (
 def count_collectives() -> Iterator[dict[str, int]]:
     """Count the calls of ``torch.distributed`` collectives made from Python within the block.
 
-    DDP's own gradient buckets are reduced in C++ and are not counted.
+    A sum over shared memory is an all-reduce, too, and counted as one. DDP's own gradient buckets are reduced in C++ and
+    are not counted.
 
     Yields:
         Calls by name, filled while the block runs.
     """
     counts: dict[str, int] = {}
-    originals = {name: getattr(dist, name) for name in _WATCHED}
+    watched = [(dist, name, name) for name in _WATCHED] + [(Segment, "sum", "all_reduce")]
+    originals = [(home, name, getattr(home, name)) for home, name, _ in watched]
 
-    def watched(name: str) -> Any:
+    def counting(label: str, original: Any) -> Any:
         def call(*args: Any, **kwargs: Any) -> Any:
-            counts[name] = counts.get(name, 0) + 1
-            return originals[name](*args, **kwargs)
+            counts[label] = counts.get(label, 0) + 1
+            return original(*args, **kwargs)
 
         return call
 
-    for name in _WATCHED:
-        setattr(dist, name, watched(name))
+    for home, name, label in watched:
+        setattr(home, name, counting(label, getattr(home, name)))
     try:
         yield counts
     finally:
-        for name, original in originals.items():
-            setattr(dist, name, original)
+        for home, name, original in originals:
+            setattr(home, name, original)

@@ -1,11 +1,69 @@
-"""The seam of the wire: one row in, its sum over the ranks of a group out, the same bits on all of them."""
+"""The seam of the wire: one row in, its sum over the ranks of a group out, the same bits on all of them.
 
+The collective of torch is the default and the meaning. Other ways give the same row sooner; the ranks of a group agree on
+one of them at their first exchange (:mod:`.handshake`).
+"""
+
+import os
+import threading
+from typing import Any, Literal, get_args
+from weakref import WeakKeyDictionary
+
+import torch
 from torch import Tensor
 
-from syncnorm.distributed.collectives import all_reduce_sum
+from syncnorm.core.traced import constant_while_traced
+from syncnorm.distributed.collectives import all_reduce_sum, find_group, group_backend
 from syncnorm.distributed.groups import Group
+from syncnorm.distributed.wire import shm
+from syncnorm.distributed.wire.handshake import Way, agree
+from syncnorm.errors import SyncNormError
 
-__all__ = ["sum_row"]
+__all__ = ["Exchange", "describe", "set_exchange", "sum_row"]
+
+Exchange = Literal["auto", "collective", "shm"]
+
+
+class _Ways(dict[str, Way]):
+    """The ways of one group, by device type; agreed on under the lock, as threads may come together."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lock = threading.Lock()
+
+
+_asked: Exchange | None = None
+# By the group itself and not by its name: the next group may have the same.
+_ways: WeakKeyDictionary[Any, _Ways] = WeakKeyDictionary()
+
+
+def set_exchange(name: Exchange | None) -> Exchange | None:
+    """Say how the sums of synchronised layers travel between ranks, in this process.
+
+    Every rank says the same, at the same point of its program: the ranks of a group compare at the next exchange, and a
+    difference is an error on all of them. The environment variable ``SYNCNORM_EXCHANGE`` says it from outside.
+
+    Args:
+        name: ``"collective"``: torch's all-reduce (gloo, NCCL). ``"shm"``: memory shared by the ranks of one host, for
+            rows on CPU; an error on all ranks where that is impossible. ``"auto"``: shared memory where all ranks of a
+            group have proven it, else the collective. None: what the environment says, ``"auto"`` without it.
+
+    Returns:
+        What was set before, to be put back.
+
+    Raises:
+        ValueError: For another name.
+
+    Example:
+        >>> before = syncnorm.set_exchange("collective")
+        >>> _ = syncnorm.set_exchange(before)
+    """
+    global _asked
+    if name is not None:
+        _check(name, "set_exchange takes")
+    before, _asked = _asked, name
+    _ways.clear()  # groups agree anew
+    return before
 
 
 def sum_row(row: Tensor, group: Group) -> Tensor:
@@ -17,5 +75,92 @@ def sum_row(row: Tensor, group: Group) -> Tensor:
 
     Returns:
         Tensor like ``row``, bit for bit the same on all ranks.
+
+    Raises:
+        SyncNormError: See :func:`.handshake.agree`, at the first row of a group, and :meth:`.shm.Segment.sum`.
     """
-    return all_reduce_sum(row, group.name)
+    if torch.compiler.is_compiling():
+        if _traced_way(group.name, row.device.type) == "collective":
+            return all_reduce_sum(row, group.name)
+        row = row.clone()
+        torch.ops.syncnorm.all_reduce_sum(row, group.name)
+        return row
+    segment = _way(group.name, row.device.type).segment
+    return all_reduce_sum(row, group.name) if segment is None else segment.sum(row)
+
+
+def describe(name: str, device_type: str) -> str:
+    """How the rows of the named group travel, as far as this rank can tell alone."""
+    ways = _ways.get(find_group(name))
+    if ways is not None and device_type in ways:
+        return f"{ways[device_type].name}: {ways[device_type].why}"
+    asked = _setting()
+    backend = group_backend(name, device_type)
+    if asked == "collective" or backend not in _AGREE:
+        return f"collective ({backend})"
+    mine = shm.objection() if device_type == "cpu" else f"it serves rows on CPU, these are on {device_type}."
+    here = f"this rank objects to shm: {mine}" if mine else "this rank could use shm"
+    return f"{asked!r} of {list(get_args(Exchange))}, agreed at the first exchange; {here}"
+
+
+# The carriers of real processes that have a store in common; others (fake, threaded) are collectives and nothing else.
+_AGREE = ("gloo", "nccl")
+
+
+def _way(name: str, device_type: str) -> Way:
+    group = find_group(name)
+    ways = _ways.get(group)
+    if ways is None:
+        ways = _ways.setdefault(group, _Ways())
+    way = ways.get(device_type)
+    if way is None:
+        with ways.lock:
+            way = ways.get(device_type)
+            if way is None:
+                way = ways[device_type] = _new_way(name, device_type)
+    return way
+
+
+def _new_way(name: str, device_type: str) -> Way:
+    asked, backend = _setting(), group_backend(name, device_type)
+    if backend in _AGREE:
+        return agree(name, device_type, asked)
+    if asked == "shm":
+        raise SyncNormError(f'the exchange "shm" was asked for by name and is not made for groups of {backend!r}.')
+    return Way("collective", f"groups of {backend!r} have nothing else")
+
+
+def _setting() -> Exchange:
+    if _asked is not None:
+        return _asked
+    name = os.environ.get("SYNCNORM_EXCHANGE") or "auto"
+    return _check(name, "SYNCNORM_EXCHANGE is")
+
+
+def _check(name: str, where: str) -> Exchange:
+    if name not in get_args(Exchange):
+        raise ValueError(f"{where} one of {list(get_args(Exchange))}, got {name!r}.")
+    return name  # type: ignore[return-value]
+
+
+# A constant of the graph, as the group is.
+@constant_while_traced
+def _traced_way(name: str, device_type: str) -> str:
+    return _way(name, device_type).name
+
+
+# What a graph calls where an eager layer would not call the collective: all ranks of a group take the same way, compiled
+# or not. It changes its argument: Inductor drops an operator of which it needs only the shape, unless that has an effect.
+# Registered without torch.library.custom_op, which adds 100 µs to a call.
+_library = torch.library.Library("syncnorm", "FRAGMENT")
+_library.define("all_reduce_sum(Tensor(a!) row, str name) -> ()")
+
+
+def _all_reduce_sum(row: Tensor, name: str) -> None:
+    total = sum_row(row, Group(name, 0))
+    if total is not row:
+        row.copy_(total)
+
+
+_library.impl("all_reduce_sum", _all_reduce_sum, "CompositeExplicitAutograd")
+torch.library.register_fake("syncnorm::all_reduce_sum", lambda row, name: None, lib=_library)

@@ -1,0 +1,255 @@
+"""Tier: gloo ranks. The way of the rows: agreed by all ranks of a group from what each knows, or refused on all alike."""
+
+import os
+import time
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
+import syncnorm
+from syncnorm.distributed import GroupSpec, resolve
+from syncnorm.distributed.wire import describe, handshake, set_exchange, shm, sum_row
+from syncnorm.distributed.wire.handshake import Facts, crowded, decide
+from syncnorm.errors import SyncNormError, SyncNormTimeout
+from syncnorm.kernels import native
+from syncnorm.kernels.native import _build
+from syncnorm.testing import RankError, count_collectives, run_ranks
+
+needs_shm = pytest.mark.skipif(
+    _build.compiler() is None or not hasattr(os, "memfd_create"), reason="needs Linux and a C++ compiler"
+)
+
+# ------------------------------------------------------------------------------------------------------------ the decision
+
+
+def _facts(
+    asked: str = "auto", host: str = "a", threads: int = 1, cores: str = "3", objection: str | None = None
+) -> Facts:
+    return Facts(asked, host, (1, "1"), threads, cores, objection)
+
+
+@pytest.mark.parametrize(
+    ("told", "device", "way", "why"),
+    [
+        ([_facts(), _facts()], "cpu", "shm", "2 ranks share memory on one host"),
+        ([_facts(), _facts()], "cuda", "collective", "shm: it serves rows on CPU, these are on cuda."),
+        ([_facts(), _facts(host="b")], "cpu", "collective", "shm: ranks 4 and 7 are on different hosts."),
+        ([_facts(), _facts(objection="no.")], "cpu", "collective", "shm: rank 7: no."),
+        ([_facts("shm"), _facts("shm", objection="no.")], "cpu", "refused", "shm: rank 7: no."),
+        ([_facts("collective"), _facts("collective")], "cpu", "collective", "asked for by name"),
+        (
+            [_facts("auto"), _facts("shm")],
+            "cpu",
+            "mismatch",
+            "ranks of one group were asked for different exchanges: 'auto' on rank 4, 'shm' on rank 7. Set the same on all "
+            "of them (syncnorm.set_exchange, SYNCNORM_EXCHANGE).",
+        ),
+    ],
+)
+def test_the_decision(told: list[Facts], device: str, way: str, why: str) -> None:
+    assert decide(told, [4, 7], device) == (way, why)
+
+
+def test_threads_are_counted_by_host_against_the_cores_of_all_its_ranks() -> None:
+    assert crowded([_facts(threads=2, cores="3"), _facts(threads=2, cores="c")]) == {}  # four cores, two each
+    told = [_facts(host="b"), _facts(threads=2), _facts(threads=1), _facts(host="b")]
+    assert crowded(told) == {1: (2, 3, 2)}
+
+
+# ------------------------------------------------------------------------------------------------------------- the setting
+
+
+@pytest.mark.gloo
+def test_an_unknown_name_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"set_exchange takes one of \['auto', 'collective', 'shm'\], got 'nvlink'"):
+        set_exchange("nvlink")  # type: ignore[arg-type]
+    with pytest.raises(RankError, match=r"SYNCNORM_EXCHANGE is one of \['auto', 'collective', 'shm'\], got 'gloo'"):
+        run_ranks(_sum_under, 2, {"SYNCNORM_EXCHANGE": "gloo"})
+
+
+def test_what_was_set_can_be_put_back() -> None:
+    assert syncnorm.set_exchange("collective") is None
+    assert syncnorm.set_exchange("shm") == "collective"
+    assert syncnorm.set_exchange(None) == "shm"
+    assert syncnorm.set_exchange(None) is None
+
+
+def _sum_under(environment: dict[str, str]) -> tuple[str, dict[str, int]]:
+    os.environ.update(environment)
+    group = resolve(GroupSpec())
+    with count_collectives() as counts:
+        assert sum_row(torch.ones(3, dtype=torch.float64), group).tolist() == [2.0] * 3
+    return describe(group.name, "cpu"), counts
+
+
+@pytest.mark.gloo
+def test_the_environment_says_it_from_outside() -> None:
+    assert (
+        run_ranks(_sum_under, 2, {"SYNCNORM_EXCHANGE": "collective"})
+        == [("collective: asked for by name", {"all_reduce": 1})] * 2
+    )
+
+
+@pytest.mark.gloo
+@needs_shm
+def test_auto_shares_memory_where_it_can_and_says_so() -> None:
+    native.build()
+    assert run_ranks(_sum_under, 2, {}) == [("shm: 2 ranks share memory on one host", {"all_reduce": 1})] * 2
+
+
+# ------------------------------------------------------------------------------------------------- refused, or not, by all
+
+
+def _sum_with(asked: list[Any], change: Callable[[], None] | None = None, victim: int = 1) -> tuple[str, str, str]:
+    """What a first exchange ends in, how the rows travel then, and what comes of a second exchange, over gloo."""
+    if change is not None and dist.get_rank() == victim:
+        change()
+    group, outcome = resolve(GroupSpec()), ""
+    set_exchange(asked[dist.get_rank() % len(asked)])
+    try:
+        sum_row(torch.ones(3, dtype=torch.float64), group)
+    except SyncNormError as error:
+        outcome = f"{type(error).__name__}: {error}"
+    how = describe(group.name, "cpu")
+    set_exchange("collective")
+    return outcome, how, str(sum_row(torch.ones(1, dtype=torch.float64), group).tolist())
+
+
+def _no_operators() -> None:
+    shm.native.load = lambda: "the native operators are not built."
+
+
+def _another_host() -> None:
+    mine = handshake.facts
+    handshake.facts = lambda asked: mine(asked)._replace(host="elsewhere", objection=None)
+
+
+def _out_of_reach() -> None:
+    def attach(*_: Any) -> Any:
+        raise PermissionError("out of reach")
+
+    shm.attach = attach
+
+
+def _not_the_same_memory() -> None:
+    shm.Shared.probe = lambda *_: None
+
+
+_HARM = {
+    _no_operators: "rank 1: the native operators are not built.",
+    _another_host: "ranks 0 and 1 are on different hosts.",
+    _out_of_reach: "rank 1: out of reach.",
+    _not_the_same_memory: "what rank 1 wrote did not arrive.",
+}
+
+
+@pytest.mark.gloo
+@needs_shm
+@pytest.mark.parametrize("harm", list(_HARM), ids=lambda harm: harm.__name__.strip("_"))
+def test_one_rank_that_cannot_share_memory(harm: Callable[[], None]) -> None:
+    native.build()
+    for outcome, how, again in run_ranks(_sum_with, 2, ["auto"], harm):
+        assert (outcome, how, again) == ("", f"collective: shm: {_HARM[harm]}", "[2.0]")
+    named = run_ranks(_sum_with, 2, ["shm"], harm)
+    assert named[0][0] == named[1][0]
+    assert named[0][0] == (
+        f'SyncNormError: the exchange "shm" was asked for by name and is impossible here: shm: {_HARM[harm]} Use "auto" or '
+        '"collective" (syncnorm.set_exchange, SYNCNORM_EXCHANGE).'
+    )
+    assert named[0][2] == named[1][2] == "[2.0]"  # nobody is out of step
+
+
+@pytest.mark.gloo
+def test_ranks_asked_for_different_things_raise_alike() -> None:
+    first, second, third = run_ranks(_sum_with, 3, ["auto", "auto", "collective"])
+    assert first[0] == second[0] == third[0]
+    assert first[0].startswith(
+        "SyncNormMismatch: ranks of one group were asked for different exchanges: 'auto' on rank 0, 'co"
+    )
+    assert first[2] == "[3.0]"
+
+
+def _absent(missing: int) -> tuple[float, str]:
+    if dist.get_rank() == missing:
+        time.sleep(2.5)
+    began = time.monotonic()
+    with pytest.raises(SyncNormTimeout) as caught:
+        sum_row(torch.ones(3, dtype=torch.float64), resolve(GroupSpec()))
+    return time.monotonic() - began, str(caught.value)
+
+
+@pytest.mark.gloo
+@pytest.mark.parametrize("missing", [0, 2])
+def test_a_rank_that_does_not_come_to_agree_is_named_at_the_time_limit(missing: int) -> None:
+    outcomes = run_ranks(_absent, 3, missing, group_timeout=1.0)
+    for rank, (seconds, text) in enumerate(outcomes):
+        if rank != missing:
+            assert 0.9 < seconds < 2.2
+            assert text.startswith(
+                f"ranks [{missing}] did not come to the first exchange of the process group of ranks [0, 1,"
+            )
+
+
+def test_groups_of_other_backends_have_the_collective() -> None:
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=8)
+    try:
+        group = resolve(GroupSpec())
+        sum_row(torch.ones(3, dtype=torch.float64), group)
+        assert describe(group.name, "cpu") == "collective: groups of 'fake' have nothing else"
+        set_exchange("shm")
+        with pytest.raises(SyncNormError, match=r'"shm" was asked for by name and is not made for groups of \'fake\''):
+            sum_row(torch.ones(3, dtype=torch.float64), group)
+    finally:
+        set_exchange(None)
+        dist.destroy_process_group()
+
+
+# --------------------------------------------------------------------------------------------------------- too many threads
+
+
+def _warned() -> list[str]:
+    torch.set_num_threads(1 + os.cpu_count())  # type: ignore[operator]
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for exchange in ("collective", "auto"):
+            set_exchange(exchange)
+            sum_row(torch.ones(3, dtype=torch.float64), resolve(GroupSpec()))
+    return [str(w.message) for w in caught if "share" in str(w.message)]
+
+
+@pytest.mark.gloo
+def test_more_threads_than_cores_warns_once_with_what_to_do() -> None:
+    (text,), nothing = run_ranks(_warned, 2)
+    assert nothing == []  # one warning for a host
+    cores = len(os.sched_getaffinity(0))
+    assert f"2 ranks with {2 * (1 + os.cpu_count())} threads in all share {cores} cores" in text  # type: ignore[operator]
+    assert f"set OMP_NUM_THREADS={max(1, cores // 2)}" in text
+
+
+# ------------------------------------------------------------------------------------------------- eager and compiled ranks
+
+
+def _eager_beside_compiled() -> tuple[list[torch.Tensor], str]:
+    set_exchange("shm")
+    syncnorm.set_check("off")  # a graph has no words of agreement, and an eager rank would notice
+    layer = syncnorm.SyncBatchNorm1d(3, dtype=torch.float64)
+    forward = torch.compile(layer, fullgraph=True, backend="aot_eager") if dist.get_rank() else layer
+    for step in range(3):
+        torch.manual_seed(10 * step + dist.get_rank())
+        x = torch.randn(4, 3, 5, dtype=torch.float64, requires_grad=True)
+        forward(x).pow(3).sum().backward()
+    return [layer.running_mean, layer.running_var], describe(resolve(GroupSpec()).name, "cpu")
+
+
+@pytest.mark.gloo
+@needs_shm
+def test_a_compiled_rank_takes_the_way_of_an_eager_one() -> None:
+    native.build()
+    (eager, how), (compiled, _) = run_ranks(_eager_beside_compiled, 2, timeout=90)
+    assert how == "shm: 2 ranks share memory on one host"
+    assert all(torch.equal(a, b) for a, b in zip(eager, compiled, strict=True))
