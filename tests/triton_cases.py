@@ -5,7 +5,7 @@ is imported, and tests/gpu/ on a GPU.
 """
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import pytest
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+import syncnorm
 from syncnorm.core.activation import ACTIVATIONS, Activation
 from syncnorm.kernels import triton as kernels
 from syncnorm.kernels.triton import _batch, _plan, _rows
@@ -35,8 +36,9 @@ def _poisoned_outputs(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
     def poisoned(*shape: int, dtype: torch.dtype, device: torch.device) -> Tensor:
         n = int(np.prod(shape))
-        memory = torch.empty(n + GUARD, dtype=dtype, device=device)
-        strips.append(memory.fill_(float("nan") if dtype.is_floating_point else 0xA5)[n:])
+        memory = torch.full((n + GUARD,), float("nan") if dtype.is_floating_point else 0xA5, dtype=dtype, device=device)
+        if type(memory) is Tensor:  # and no stand-in of a compiler
+            strips.append(memory[n:])
         return memory[:n].view(shape)
 
     monkeypatch.setattr(_batch, "empty", poisoned)
@@ -49,9 +51,9 @@ def _poisoned_outputs(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 @pytest.fixture
 def _small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     """Several tiles, splits and steps for tensors of a few hundred elements."""
-    for name, value in {"REDUCTION_BYTES": 512, "ELEMENTWISE_BYTES": 512, "CHANNELS_LAST_BYTES": 64}.items():
+    small = {"REDUCTION_BYTES": 512, "ELEMENTWISE_BYTES": 512, "CHANNELS_LAST_BYTES": 64}
+    for name, value in (small | {"TILES_PER_SPLIT": 2, "PROGRAMS_PER_MULTIPROCESSOR": 2}).items():
         monkeypatch.setattr(_plan, name, value)
-    monkeypatch.setattr(_plan, "TILES_PER_SPLIT", 2)
 
 
 def randn(
@@ -97,7 +99,8 @@ def test_batch_moments(shape: tuple[int, ...], channels_last: bool, dtype: torch
 
 @pytest.mark.usefixtures("_small_tiles")
 @pytest.mark.parametrize("channels_last", LAYOUTS, ids=["NCHW", "NHWC"])
-def test_moments_of_many_splits_at_a_large_mean(channels_last: bool) -> None:
+def test_moments_of_many_splits_at_a_large_mean(channels_last: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_plan, "PROGRAMS_PER_MULTIPROCESSOR", 8)
     x = randn(4, 3, 130, dtype=torch.float32, offset=1e4)
     x[0] += 1e5  # the first tiles are far from the rest
     moments = kernels.batch_moments(flat(x, channels_last))
@@ -288,3 +291,58 @@ def test_group_norm_and_its_gradient(
     check("dx", dx, exact_grads[0], dtype, terms, size)
     for name, value, gradient in (("dweight", dweight, exact_grads[1]), ("dbias", dbias, exact_grads[2])):
         check(name, value, gradient, dtype, shape[0] * shape[2], g.double().abs().sum((0, 2)).max())
+
+
+def results(layer: torch.nn.Module, x: Tensor, residual: Tensor | None = None) -> list[Tensor]:
+    """Output, gradients, gradients of a gradient penalty, and buffers of a training step."""
+    leaves = [x.clone().requires_grad_(), *layer.parameters()]
+    if residual is not None:
+        leaves.append(residual.clone().requires_grad_())
+    y = layer(leaves[0]) if residual is None else layer(leaves[0], residual=leaves[-1])
+    y = y[0] + 2 * y[1] if isinstance(y, tuple) else y
+    first = torch.autograd.grad(y.pow(3).sum(), leaves, create_graph=True)
+    second = torch.autograd.grad(first[0].square().sum(), leaves, allow_unused=True)
+    return [y, *first, *(t for t in second if t is not None), *layer.buffers()]
+
+
+@pytest.mark.parametrize(
+    ("build", "with_residual"),
+    [
+        (lambda backend: syncnorm.SyncBatchNorm2d(5, backend=backend), False),
+        (lambda backend: syncnorm.SyncBatchNorm2d(5, backend=backend, activation="relu"), True),
+        (lambda backend: syncnorm.SyncBatchNorm2d(5, backend=backend, activation="gelu"), True),
+        (lambda backend: syncnorm.modules.BatchRenorm2d(5, backend=backend), False),
+        (lambda backend: syncnorm.modules.LayerNorm(5, channel_dim=1, backend=backend), False),
+        (lambda backend: syncnorm.modules.RMSNorm(6, eps=1e-5, backend=backend), True),
+        (lambda backend: syncnorm.modules.GroupNorm(5, 1, activation="silu", backend=backend), False),
+    ],
+    ids=["batch", "batch add relu", "batch add gelu", "renorm", "layer", "add rms", "group silu"],
+)
+def test_layers_equal_the_reference_twice_differentiated(
+    build: Callable[[str], torch.nn.Module], with_residual: bool
+) -> None:
+    x, r = randn(3, 5, 4, 6, offset=1), randn(3, 5, 4, 6, seed=1)
+    found = []
+    for backend in ("reference", "triton"):
+        layer = build(backend).to(DEVICE, torch.float64)
+        for i, parameter in enumerate(layer.parameters()):
+            parameter.data.copy_(randn(*parameter.shape, seed=i + 7))
+        found.append(results(layer, x, r if with_residual else None))
+    assert len(found[0]) == len(found[1])
+    for expected, value in zip(*found, strict=True):
+        torch.testing.assert_close(value, expected, rtol=1e-10, atol=1e-10)
+
+
+def test_compiled_in_one_graph_when_asked_for_by_name() -> None:
+    x = randn(3, 5, 4, 6, offset=1).requires_grad_()
+    layer = syncnorm.SyncBatchNorm2d(5, backend="triton", activation="relu").to(DEVICE, torch.float64)
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager" if INTERPRETED else "inductor")
+    outcomes = []
+    for run in (layer, compiled):
+        layer.reset_running_stats()
+        y = run(x)
+        outcomes.append(
+            [y, *torch.autograd.grad(y.pow(3).sum(), [x, *layer.parameters()]), *map(torch.clone, layer.buffers())]
+        )
+    for eager, traced in zip(*outcomes, strict=True):
+        torch.testing.assert_close(traced, eager, rtol=1e-10, atol=1e-10)
