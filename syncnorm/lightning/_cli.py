@@ -1,8 +1,11 @@
-"""Lightning's CLI with the digits as its defaults."""
+"""Lightning's CLI with the digits as its defaults, and without its trust in files."""
 
+import inspect
 from importlib import import_module
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from syncnorm.errors import SyncNormError
+from syncnorm.lightning._config import MODE
 from syncnorm.lightning._flavours import flavour
 
 if TYPE_CHECKING:
@@ -16,7 +19,7 @@ __all__ = ["run"]
 def run(arguments: list[str] | None) -> None:
     """Run ``fit``, ``validate``, ``test`` or ``predict``; arguments from ``sys.argv`` where None."""
     _DigitsCLI(  # any model and any data, or none, by class path
-        parser_kwargs={"prog": "syncnorm"},
+        parser_kwargs={"prog": "syncnorm", "parser_mode": MODE},
         save_config_kwargs={"overwrite": True},  # a run without a logger has no folder of its own to keep it in
         args=arguments,
     )
@@ -30,3 +33,19 @@ class _DigitsCLI(LightningCLI):
                 "data": {"class_path": "syncnorm.lightning.DigitsDataModule"},
             }
         )
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        """Lightning's, without the option to load a checkpoint as a pickle, which may run code."""
+        return {name: {*skipped, "weights_only"} for name, skipped in LightningCLI.subcommands().items()}
+
+    def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
+        given: dict[str, Any] = super()._prepare_subcommand_kwargs(subcommand)
+        if "weights_only" in inspect.signature(getattr(self.trainer, subcommand)).parameters:
+            return {**given, "weights_only": True}
+        if given.get("ckpt_path"):
+            raise SyncNormError(
+                "this Lightning loads checkpoints as pickles, which may run code, and has no way to ask for less. "
+                "Install lightning>=2.6."
+            )
+        return given
