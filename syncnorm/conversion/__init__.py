@@ -3,6 +3,7 @@
 from syncnorm.conversion._adapters import register_adapter
 from syncnorm.conversion._contexts import disabled, no_stats_update
 from syncnorm.conversion._convert import convert
+from syncnorm.conversion._join import join
 from syncnorm.conversion._plan import Entry, Plan, plan
 from syncnorm.conversion._revert import revert
 from syncnorm.conversion._targets import To
@@ -14,6 +15,7 @@ __all__ = [
     "To",
     "convert",
     "disabled",
+    "join",
     "no_stats_update",
     "plan",
     "register_adapter",

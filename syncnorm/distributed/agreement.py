@@ -11,7 +11,7 @@ import os
 import zlib
 from collections import deque
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
@@ -25,15 +25,17 @@ from syncnorm.distributed.watch import is_watching, sum_watched
 from syncnorm.distributed.wire import sum_row
 from syncnorm.errors import SyncNormMismatch
 
-__all__ = ["POISON", "Call", "begin_call", "check_level", "set_check", "sum_agreed"]
+__all__ = ["POISON", "Call", "begin_call", "check_level", "dismiss", "set_check", "stand_in", "sum_agreed"]
 
 LEVELS = ("off", "inline", "full")
 
-# The word of a rank beside its place: 0, 1 where it needs a backward, POISON where its input was refused. Exact in float64
-# for any number of ranks.
+# The word of a rank beside its place: 0, 1 where it needs a backward, POISON where its input was refused, _STAND_IN where it
+# has run out of data and answers without being anywhere. The sum tells them apart for up to 65,535 ranks.
 POISON = float(2**32)
+_STAND_IN = float(2**16)
 
-_WORDS = 5  # the word above, and Σh, Σh² of two hashes
+_WORDS = 6  # the word above, the length of the payload, and h, h² of two hashes
+_DISMISSED = -1.0  # in place of a length: those who stand in need not any longer
 _FIRST_WIDTH = 256
 _LARGEST_WIDTH = 4224  # 2·2048 + 1 and the words, in steps of 128
 _STEP = 128
@@ -93,6 +95,16 @@ class _Ledger:
         self.first_uses = 0
         self.deferred: deque[tuple[Tensor, Any, str, int]] = deque()
 
+    def fits(self, n: int) -> bool:
+        return n + _WORDS <= self.width
+
+    def grow(self, n: int) -> bool:
+        """Make rows long enough for ``n`` words, as all ranks do now; False if that would make all others too long."""
+        if n + _WORDS > _LARGEST_WIDTH:
+            return False
+        self.width = -(-(n + _WORDS) // _STEP) * _STEP
+        return True
+
 
 _LEDGERS: WeakKeyDictionary[Any, _Ledger] = WeakKeyDictionary()
 
@@ -145,27 +157,76 @@ def sum_agreed(row: Tensor, group: Group, call: Call | None, direction: str, wor
             return _sum(row.clone(), group, direction)
         total = _sum(torch.cat([row, row.new_full((1,), word)]), group, direction)
         if not torch.compiler.is_compiling() and _on_host(total):
-            _check_word(float(total.numpy()[-1]), group, word, None)
+            _check_word(_Answer.read([float(total.numpy()[-1]), *[0.0] * (_WORDS - 1)], group), group, word, None)
         return total[:-1]
     ledger = _ledger(group)
     call = call or Call("", "a call of a function", 0, 0, "")
     place = f"{call.shown} {direction} C={call.channels} {call.dtype}"
     n = row.numel()
-    hashes = _hashes(call, direction, n)
+    words = (word, float(n), *_hashes(call, direction, n))
     while True:
-        fits = n + _WORDS <= ledger.width
-        packed = _pack(row if fits else row[:0], ledger.width, (word, *hashes))
-        total = _sum(packed, group, f"{place}, exchange #{ledger.exchanges + 1}")
+        width, fits = ledger.width, ledger.fits(n)
+        total = _sum(_pack(row if fits else row[:0], width, words), group, f"{place}, exchange #{ledger.exchanges + 1}")
         ledger.exchanges += 1
         if _on_host(total):
-            _compare(total.numpy()[-_WORDS:], group, place, word, ledger.exchanges)
+            _compare(_Answer.read(total.numpy()[-_WORDS:], group), group, place, word, ledger.exchanges)
         else:
             _compare_later(total[-_WORDS:], group, place, ledger)
         if fits:
             return total[:n]
-        if n + _WORDS > _LARGEST_WIDTH:  # agreed upon, so it may go by itself
+        if not ledger.grow(n):  # agreed upon, so it may go by itself
             return _sum(row.clone(), group, place)
-        ledger.width = -(-(n + _WORDS) // _STEP) * _STEP
+
+
+def stand_in(group: Group, device: torch.device) -> bool:
+    """Answer one exchange of the others with nothing, as a rank that has run out of data.
+
+    Returns:
+        Whether there will be another one.
+    """
+    ledger = _ledger(group)
+    place = "no layer: it has run out of data and stands in"
+    nothing = torch.zeros(0, dtype=torch.float64, device=device)
+    total = _sum(_pack(nothing, ledger.width, (_STAND_IN, *[0.0] * (_WORDS - 1))), group, place)
+    ledger.exchanges += 1
+    answer = _Answer.read(total[-_WORDS:].tolist(), group)
+    if answer.length < 0 or not answer.ranks:  # nobody has data any longer
+        return False
+    if answer.differ or answer.refused or answer.with_backward not in (0, answer.ranks):
+        if device.type == "cpu":
+            _gather_places(group, place, _STAND_IN)  # the others gather
+        return False
+    n = answer.length
+    if not ledger.fits(n) and not ledger.grow(n):
+        _sum(torch.zeros(n, dtype=torch.float64, device=device), group, place)
+    return True
+
+
+def dismiss(group: Group, device: torch.device) -> None:
+    """Let those who stand in go; all ranks that do not stand in call this together."""
+    ledger = _ledger(group)
+    nothing = torch.zeros(0, dtype=torch.float64, device=device)
+    _sum(_pack(nothing, ledger.width, (0.0, _DISMISSED, *[0.0] * (_WORDS - 2))), group, "the end of all data")
+    ledger.exchanges += 1
+
+
+class _Answer(NamedTuple):
+    """What the summed words say."""
+
+    differ: bool
+    refused: int
+    with_backward: int
+    ranks: int
+    length: int
+
+    @classmethod
+    def read(cls, words: Any, group: Group) -> "_Answer":
+        word, length, low, low_squares, high, high_squares = (float(w) for w in words)
+        refused, rest = divmod(word, POISON)
+        stand_ins, with_backward = divmod(rest, _STAND_IN)
+        ranks = group.size - int(stand_ins)
+        differ = ranks * low_squares != low * low or ranks * high_squares != high * high
+        return cls(differ, int(refused), int(with_backward), ranks, int(length) // max(ranks, 1))
 
 
 def _sum(row: Tensor, group: Group, place: str) -> Tensor:
@@ -205,13 +266,10 @@ def _pack(row: Tensor, width: int, words: tuple[float, ...]) -> Tensor:
     return torch.cat([row, row.new_zeros(width - row.numel() - _WORDS), tail])
 
 
-def _compare(words: Any, group: Group, place: str, word: float, exchange: int) -> None:
-    sum_word, low, low_squares, high, high_squares = (float(w) for w in words)
-    size = group.size
-    differ = size * low_squares != low * low or size * high_squares != high * high
-    if differ and sum_word < POISON:  # a refusal explains more than where the others were
+def _compare(answer: _Answer, group: Group, place: str, word: float, exchange: int) -> None:
+    if answer.differ and not answer.refused:  # a refusal explains more than where the others were
         _raise_places(group, place, word, exchange)
-    _check_word(sum_word, group, word, place)
+    _check_word(answer, group, word, place)
 
 
 def _raise_places(group: Group, place: str, word: float, exchange: int) -> None:
@@ -224,31 +282,30 @@ def _raise_places(group: Group, place: str, word: float, exchange: int) -> None:
     )
 
 
-def _check_word(total: float, group: Group, word: float, place: str | None) -> None:
-    if total in (0.0, float(group.size)):
+def _check_word(answer: _Answer, group: Group, word: float, place: str | None) -> None:
+    if not answer.refused and answer.with_backward in (0, answer.ranks):
         return
-    refused, with_backward = divmod(total, POISON)
     flags = {} if place is None else _gather_places(group, place, word)[1]
 
     def named(flag: int) -> str:
         return f" (ranks {[rank for rank, f in flags.items() if f == flag]}, at {place})" if flags else ""
 
-    if refused:
+    if answer.refused:
         raise SyncNormMismatch(
-            f"{int(refused)} of {group.size} ranks refused their input to this call{named(2)} and raised an error of their "
+            f"{answer.refused} of {group.size} ranks refused their input to this call{named(2)} and raised an error of their "
             "own; look there for the cause. Nothing was changed on this rank."
         )
     raise SyncNormMismatch(
-        f"{int(with_backward)} of {group.size} ranks need a backward pass through this call{named(1)} and the others do not "
+        f"{answer.with_backward} of {group.size} ranks need a backward pass through this call{named(1)} and the others do not "
         f"(this rank {'does' if word else 'does not'}). All ranks must agree on requires_grad of the input and the affine "
         "parameters, and on torch.no_grad(), or the backward exchange would wait forever."
     )
 
 
 def _gather_places(group: Group, place: str, word: float) -> tuple[dict[int, str], dict[int, int]]:
-    """Of each global rank its place, as text that is only ever shown, and its word: 0, 1, or 2 for POISON."""
+    """Of each global rank its place, as text that is only ever shown, and its word: 0, 1, 2 for POISON, 3 for a stand-in."""
     text = place.encode()[: _SHOWN_BYTES - 1].ljust(_SHOWN_BYTES - 1)
-    own = bytes([2 if word == POISON else int(word)]) + text
+    own = bytes([{POISON: 2, _STAND_IN: 3}.get(word, int(word))]) + text
     mine = torch.frombuffer(bytearray(own), dtype=torch.uint8).to(group_device(group.name))
     rows: Sequence[list[int]] = all_gather(mine, group.name).cpu().tolist()
     places, flags = {}, {}
@@ -281,15 +338,14 @@ def _compare_later(words: Tensor, group: Group, place: str, ledger: _Ledger) -> 
     ledger.deferred.append((host, event, place, ledger.exchanges))
     while ledger.deferred and (ledger.deferred[0][1] is None or ledger.deferred[0][1].query()):
         seen, _, then, exchange = ledger.deferred.popleft()
-        total, low, low_squares, high, high_squares = seen.tolist()
-        size = group.size
-        if size * low_squares != low * low or size * high_squares != high * high:
+        answer = _Answer.read(seen.tolist(), group)
+        if answer.differ:
             raise SyncNormMismatch(
                 f"exchange #{exchange}: ranks were in different places; this rank was in {then}. All ranks must run the same "
                 "synchronised layers in the same order. Found out later, to keep the device from waiting: the steps since "
                 "then are wrong, too. With SYNCNORM_CHECK=inline on CPU every rank is named."
             )
-        if total not in (0.0, float(size)):
+        if answer.refused or answer.with_backward not in (0, answer.ranks):
             raise SyncNormMismatch(
                 f"exchange #{exchange}, in {then}: ranks disagreed on whether a backward follows, or one of them refused its "
                 "input. Found out later, to keep the device from waiting."

@@ -1,0 +1,100 @@
+"""A rank that has run out of data stands in for itself: it answers the exchanges of the others with a count of zero.
+
+In the end all ranks have the buffers of the one that has counted the most batches.
+"""
+
+import threading
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.algorithms.join import Join, Joinable, JoinHook
+
+from syncnorm.distributed.agreement import dismiss, stand_in
+from syncnorm.distributed.collectives import all_reduce_sum, find_group, group_device, group_position, group_ranks
+from syncnorm.distributed.gather import gather_rows
+from syncnorm.distributed.groups import Group, GroupSpec, group_spec, resolve
+
+__all__ = ["Join", "Joinable", "StandIn", "twin_of"]
+
+
+def twin_of(spec: GroupSpec) -> tuple[GroupSpec, Group]:
+    """A new group of the same ranks, made by all of them together, and its spec.
+
+    What stands in answers from a thread of its own, while DDP's hook meets the same ranks from the main thread; over one group
+    the two would get into each other's way.
+    """
+    group = resolve(spec)
+    ranks = list(group_ranks(group.name))
+    backend = dist.get_backend_config(find_group(group.name))
+    twin = dist.new_group(ranks, backend=backend, use_local_synchronization=True)
+    made = group_spec(twin)
+    return made, resolve(made)
+
+
+class StandIn(Joinable):
+    """Torch's protocol for uneven inputs, for the exchanges of synchronised layers.
+
+    Args:
+        buffers: Of each group that layers meet over, and that nothing else uses, their buffers.
+        device: Where their rows are.
+    """
+
+    def __init__(self, buffers: dict[Group, list[Tensor]], device: torch.device) -> None:
+        super().__init__()
+        self.buffers, self.device = buffers, device
+
+    def join_hook(self, **_: Any) -> JoinHook:
+        """What a rank does that has no more data."""
+        return _Answering(self.buffers, self.device)
+
+    @property
+    def join_device(self) -> torch.device:
+        """Where torch's own word of the protocol is exchanged."""
+        return self.device
+
+    @property
+    def join_process_group(self) -> Any:
+        """The world."""
+        return dist.group.WORLD
+
+    def notify(self) -> None:
+        """Tell the others that this rank begins a step."""
+        Join.notify_join_context(self)
+
+
+class _Answering(JoinHook):
+    def __init__(self, buffers: dict[Group, list[Tensor]], device: torch.device) -> None:
+        self.buffers, self.device = buffers, device
+        self.threads: list[threading.Thread] = []
+
+    def main_hook(self) -> None:
+        if self.threads:
+            return
+        for group in self.buffers:
+            thread = threading.Thread(target=self._answer, args=(group,), name="syncnorm-stand-in", daemon=True)
+            thread.start()
+            self.threads.append(thread)
+
+    def post_hook(self, is_last_joiner: bool) -> None:
+        if not self.threads:
+            for group in self.buffers:
+                dismiss(group, self.device)
+        for thread in self.threads:
+            thread.join()
+        for group, buffers in self.buffers.items():
+            _take_the_latest(buffers, group)
+
+    def _answer(self, group: Group) -> None:
+        while stand_in(group, self.device):
+            pass
+
+
+@torch.no_grad()
+def _take_the_latest(buffers: list[Tensor], group: Group) -> None:
+    counted = sum(int(b) for b in buffers if not b.is_floating_point())
+    row = torch.tensor([counted], dtype=torch.int64, device=group_device(group.name))
+    mine = int(gather_rows(row, group).argmax()) == group_position(group.name)
+    for buffer in buffers:
+        buffer.copy_(all_reduce_sum(buffer.clone() if mine else torch.zeros_like(buffer), group.name))
