@@ -52,8 +52,8 @@ def join(model: nn.Module, **options: Any) -> Iterator[nn.Module]:
     others = [name for name, m in model.named_modules() if isinstance(m, OverRanks) or _joins_ranks(m)]
     if others:
         raise SyncNormError(
-            f"syncnorm.join does not know how to stand in for {others[:5]}, which meet ranks in ways of their own. Give all ranks "
-            "equally many batches."
+            f"syncnorm.join does not know how to stand in for {others[:5]}, which meet ranks in ways of their own. Give all "
+            "ranks equally many batches."
         )
     layers = [m for m in model.modules() if isinstance(m, SyncStatistics) and m._sync]
     before = [(layer, layer._group_spec) for layer in layers]
