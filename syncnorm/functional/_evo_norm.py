@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from syncnorm.functional._group_norm import check_groups
-from syncnorm.functional._inputs import accumulate_dtype, check_channels, over_dim
+from syncnorm.functional._inputs import check_channels, over_dim
+from syncnorm.functional._samples import instance_moments, normalize_samples
 
 __all__ = ["evo_norm_s0"]
 
@@ -43,12 +44,9 @@ def evo_norm_s0(
     """
     check_channels("evo_norm_s0", input, v.numel())
     check_groups("evo_norm_s0", input.size(1), num_groups)
-    x = input.to(accumulate_dtype(input.dtype))
-    grouped = x.unflatten(1, (num_groups, -1))
-    dims = tuple(range(2, grouped.dim()))
-    # torch warns of a variance of nothing.
-    var = grouped.var(dims, correction=0, keepdim=True) if x.numel() else grouped.sum(dims, keepdim=True)
-    scale = torch.rsqrt(var + eps).expand(-1, -1, grouped.size(2), *[-1] * (grouped.dim() - 3)).flatten(1, 2)
-    scale = scale if weight is None else scale * over_dim(weight, x, 1)
-    y = x * torch.sigmoid(over_dim(v, x, 1) * x) * scale
-    return (y if bias is None else y + over_dim(bias, x, 1)).to(input.dtype)
+    mean, var = (t.unflatten(1, (num_groups, -1)) for t in instance_moments(input))
+    var = (var + (mean - mean.mean(2, keepdim=True)).square()).mean(2, keepdim=True)
+    scale = torch.rsqrt(var + eps).expand_as(mean).flatten(1)
+    x = input.to(scale.dtype)
+    gated = x * torch.sigmoid(over_dim(v, x, 1) * x)
+    return normalize_samples(gated, None, scale if weight is None else scale * weight, bias).to(input.dtype)
