@@ -11,6 +11,7 @@ from syncnorm.conversion import To
 from syncnorm.conversion._layers import find_layers
 from syncnorm.conversion._targets import TARGETS, default_of
 from syncnorm.diagnostics import audit
+from syncnorm.distributed import set_watch
 from syncnorm.errors import SyncNormError
 from syncnorm.lightning._flavours import Callback, rank_zero_info, rank_zero_warn
 from syncnorm.lightning._refusals import refuse_copied, refuse_late, refuse_rivals, refuse_workers
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 __all__ = ["SyncNorm"]
 
 _VERSION = 1
+_PATIENCE = 300.0
 
 
 class SyncNorm(Callback):
@@ -61,6 +63,8 @@ class SyncNorm(Callback):
             ``{"weight_standardization": True}`` for ``"group_norm"``.
         audit_every_n_steps: Compare the converted layers over ranks, bit for bit, whenever so many optimizer steps are done,
             and raise where they differ (:func:`syncnorm.audit`). None for never.
+        watch: Whether ranks watch over each other's exchanges while fitting, and how many seconds they wait for one that
+            lives and does not come; True for 300. One that has died is named at once (:func:`syncnorm.set_watch`). On CPU.
 
     Raises:
         ValueError: For an unknown ``to`` or a value out of range.
@@ -86,8 +90,12 @@ class SyncNorm(Callback):
         d_max: float | None = None,
         options: dict[str, bool | int | float | str] | None = None,
         audit_every_n_steps: int | None = None,
+        watch: bool | float = False,
     ) -> None:
         super().__init__()
+        if watch is not False and not watch > 0:
+            raise ValueError(f"watch must be True, False or a number of seconds, got {watch}.")
+        self.watch = watch
         if audit_every_n_steps is not None and audit_every_n_steps < 1:
             raise ValueError(f"audit_every_n_steps must be at least 1, or None for never; got {audit_every_n_steps}.")
         self.audit_every_n_steps, self._audited = audit_every_n_steps, 0
@@ -127,6 +135,8 @@ class SyncNorm(Callback):
             rank_zero_info(f"SyncNorm: {self._surgery.summary()}")
 
     def on_fit_start(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
+        if self.watch:
+            set_watch(_PATIENCE if self.watch is True else self.watch)
         self._refuse_rivals(trainer, pl_module)
         refuse_late(self._surgery, pl_module)
         refuse_copied(self._surgery, trainer, pl_module)
@@ -201,6 +211,8 @@ class SyncNorm(Callback):
         if self.revert:
             self._surgery.undo()
         self._surgery.forget()
+        if self.watch:
+            set_watch(None)
 
     def _warn_once(self, text: str) -> None:
         if not self._warned:
