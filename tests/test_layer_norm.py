@@ -88,6 +88,8 @@ def test_module_takes_the_state_of_torchs() -> None:
     nn.init.normal_(theirs.weight)
     ours.load_state_dict(theirs.state_dict())
     x = torch.randn(2, 3, 5)
+    torch.testing.assert_close(ours(x), theirs(x))
+    ours.backend = "aten"
     assert torch.equal(ours(x), theirs(x)) and isinstance(ours, nn.LayerNorm)
     assert "channel_dim=1" in repr(syncnorm.LayerNorm(4, channel_dim=1))
     assert syncnorm.LayerNorm(4, bias=False).bias is None

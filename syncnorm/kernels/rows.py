@@ -14,6 +14,7 @@ from torch import Tensor
 from syncnorm.core.activation import Activation
 from syncnorm.kernels import aten_rows, reference_rows
 from syncnorm.kernels._choice import check_name, pick
+from syncnorm.kernels.native import rows as native_rows
 from syncnorm.kernels.triton import rows as triton_rows
 
 __all__ = ["ROW_BACKENDS", "RowBackend", "check_row_backend", "choose_rows", "row_objections"]
@@ -122,6 +123,7 @@ def _backend(module: ModuleType) -> RowBackend:
 
 # In the order in which "auto" asks.
 ROW_BACKENDS: dict[str, RowBackend] = {
+    "native": _backend(native_rows),
     "triton": _backend(triton_rows),
     "aten": _backend(aten_rows),
     "reference": _backend(reference_rows),
