@@ -185,7 +185,7 @@ def test_words_that_are_not_on_the_host_are_compared_later() -> None:
 
 def test_the_words_of_ranks_that_agree_are_exact_for_any_number() -> None:
     low, low_squares, high, high_squares = agreement._hashes(
-        agreement.Call("k", "", 2**40, 2048, "float32"), "forward", 9
+        agreement.Call("k", 1, 2**40, 2048, torch.float32), "forward", 9
     )
     for ranks in (2, 3, 7, 1000, 1024, 100_000):
         assert ranks * (ranks * low_squares) == (ranks * low) ** 2
