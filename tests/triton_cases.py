@@ -51,7 +51,7 @@ def _poisoned_outputs(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 @pytest.fixture
 def _small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     """Several tiles, splits and steps for tensors of a few hundred elements."""
-    small = {"REDUCTION_BYTES": 512, "ELEMENTWISE_BYTES": 512, "CHANNELS_LAST_BYTES": 64}
+    small = {"TILE_BYTES": 1024, "CHANNELS_LAST_BYTES": 64}
     for name, value in (small | {"TILES_PER_SPLIT": 2, "PROGRAMS_PER_MULTIPROCESSOR": 2}).items():
         monkeypatch.setattr(_plan, name, value)
 
@@ -104,7 +104,7 @@ def test_moments_of_many_splits_at_a_large_mean(channels_last: bool, monkeypatch
     x = randn(4, 3, 130, dtype=torch.float32, offset=1e4)
     x[0] += 1e5  # the first tiles are far from the rest
     moments = kernels.batch_moments(flat(x, channels_last))
-    assert _plan.plan_walk(flat(x, channels_last), reduction=True).splits > 1
+    assert _plan.plan_walk(flat(x, channels_last), tensors=1).splits > 1
     var, mean = torch.var_mean(x.double(), (0, 2), correction=0)
     torch.testing.assert_close(moments.mean, mean, rtol=1e-7, atol=0)
     torch.testing.assert_close(moments.var, var, rtol=1e-5, atol=0)
@@ -225,7 +225,7 @@ def test_row_norm_and_its_gradient(
     if not whole:
         for name, value in {"FORWARD_ROW": 0, "BACKWARD_ROW": 0, "ROW_CHUNK": 128, "TILES_PER_SPLIT": 1}.items():
             monkeypatch.setattr(_plan, name, value)
-        monkeypatch.setattr(_plan, "REDUCTION_BYTES", 1024)
+        monkeypatch.setattr(_plan, "TILE_BYTES", 1024)
     x, g, r, grad_h = (randn(*shape, dtype=dtype, seed=i, offset=i) for i in range(4))
     weight, bias = randn(2, shape[1], dtype=torch.float32, seed=5)
     residual, given = (r, grad_h) if with_residual else (None, None)

@@ -33,7 +33,7 @@ def moments(x: Tensor) -> tuple[Tensor, Tensor]:
 
 def partial_moments(x: Tensor) -> tuple[Tensor, Walk]:
     """Counts, means and M2 of every split, float64 [splits, 3, channels of all instances]."""
-    walk = plan_walk(x, reduction=True)
+    walk = plan_walk(x, tensors=1)
     partial = empty(walk.splits, 3, walk.num_channels, dtype=torch.float64, device=x.device)
     launch(
         kernels.moments_kernel, walk.blocks * walk.splits, x, partial, walk.C, walk.S, walk.tiles, walk.splits, walk.blocks,
@@ -54,7 +54,7 @@ def normalize(
     group: int = 1,
 ) -> tuple[Tensor, Tensor]:
     """``act((x - mean)·rstd·weight + bias + residual)`` with ``group`` adjacent channels to a mean; and the mask."""
-    walk = plan_walk(x, reduction=False)
+    walk = plan_walk(x, tensors=2)
     y, bits, vectors = _like(x), None, dense(mean, rstd, weight, bias)
     if residual is not None and activation in _PIECEWISE_LINEAR:
         width = walk.C if walk.channels_last else walk.S
@@ -80,7 +80,7 @@ def backward_reduce(
     group: int = 1,
 ) -> Tensor:
     """Σg' and Σg'·x̂, float64 [2, channels of all instances]."""
-    walk = plan_walk(x, reduction=True)
+    walk = plan_walk(x, tensors=2)
     partial = empty(walk.splits, 2, walk.num_channels, dtype=torch.float64, device=x.device)
     launch(
         kernels.backward_reduce_kernel, walk.blocks * walk.splits, grad, x, partial, *dense(mean, rstd, weight, bias),
@@ -119,7 +119,7 @@ def backward_input(
     weighted_means: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """``rstd·weight·(g' - ⟨g'⟩ - x̂⟨g'·x̂⟩)``; and g' where asked for. ``means`` [2, C / group], see the kernel."""
-    walk = plan_walk(x, reduction=False)
+    walk = plan_walk(x, tensors=2)
     dx, dresidual = _like(x), _like(x) if needs_residual and activation else None
     launch(
         kernels.backward_input_kernel, -(-walk.tiles // walk.steps) * walk.blocks, grad, x, dx, dresidual,

@@ -145,7 +145,7 @@ def backward_reduce_kernel(
     split = tl.program_id(0) // blocks
     width = (C if CHANNELS_LAST else S) // ALIGN * ALIGN
     within = offsets(width, ROWS, COLS)
-    centre, s, scale, shift = _vectors(
+    centre, _, scale, shift = _vectors(
         mean, rstd, weight, bias, block, C, group, num_affine, ACC, CHANNELS_LAST, ROWS, COLS
     )  # fmt: skip
     total = tl.zeros([ROWS, COLS], ACC)
@@ -165,6 +165,7 @@ def backward_reduce_kernel(
     ids, exists = channels(block, C, CHANNELS_LAST, ROWS, COLS)
     out = partial + tl.cast(split, tl.int64) * 2 * num_channels + ids
     tl.store(out, tl.sum(total, AXIS).to(tl.float64), mask=exists)
+    s = tl.load(rstd + ids // group, mask=exists)  # once more, or it spills over the loop
     tl.store(out + num_channels, tl.sum(products, AXIS).to(tl.float64) * s, mask=exists)
 
 

@@ -1,8 +1,7 @@
 """Tile sizes and grids: plain numbers from shapes, no triton here.
 
-None has been timed yet. They follow from bytes in flight: 16-byte accesses, 64 bytes a thread and tensor in reductions and
-32 in elementwise passes, four warps, so that eight programs fill a multiprocessor with more than the 16 KiB in flight that
-3 TB/s at 700 ns ask of it.
+None has been timed yet. They follow from bytes in flight: 16-byte accesses, 64 bytes a thread, four warps, so that a few
+programs give a multiprocessor more than the 16 KiB in flight that 3 TB/s at 700 ns ask of it.
 """
 
 # N batch, C channels, S space; rows and columns of a tile as in _tiles
@@ -15,8 +14,7 @@ from torch import Tensor
 
 __all__ = ["Rows", "Walk", "multiprocessors", "plan_row_weights", "plan_rows", "plan_walk", "power_of_two"]
 
-REDUCTION_BYTES = 8192  # of a tile: 4 warps, 64 bytes a thread
-ELEMENTWISE_BYTES = 4096  # of a tile: 4 warps, 32 bytes a thread, as up to four tensors are in flight
+TILE_BYTES = 8192  # in all tensors of a tile, counted up to two: 64 bytes for each thread of 4 warps
 CHANNELS_LAST_BYTES = 256  # of channels in a row of a channels-last tile
 PROGRAMS_PER_MULTIPROCESSOR = 8
 TILES_PER_SPLIT = 4  # at least, or writing the partials would show beside reading the tensor
@@ -59,8 +57,8 @@ class Walk(NamedTuple):
     warps: int
 
 
-def plan_walk(x: Tensor, *, reduction: bool) -> Walk:
-    """A walk over flat ``x``: [N, C, S] contiguous, [M, C], or [N, C, S] with strides (S·C, 1, C)."""
+def plan_walk(x: Tensor, *, tensors: int) -> Walk:
+    """A walk over ``tensors`` tensors like flat ``x``: [N, C, S] contiguous, [M, C], or [N, C, S] with strides (S·C, 1, C)."""
     size = x.element_size()
     if x.dim() == 2:
         instances, channels_last, (S, C) = 1, True, map(int, x.shape)
@@ -68,7 +66,7 @@ def plan_walk(x: Tensor, *, reduction: bool) -> Walk:
         instances, C, S = map(int, x.shape)
         channels_last = not x.is_contiguous()
     inner, outer = (C, S) if channels_last else (S, C)
-    elements = (REDUCTION_BYTES if reduction else ELEMENTWISE_BYTES) // size
+    elements = TILE_BYTES // (size * min(tensors, 2))
     cols = max(8, min(power_of_two(inner), CHANNELS_LAST_BYTES // size if channels_last else elements))
     rows = max(1, min(power_of_two(outer), elements // cols))
     if channels_last:
@@ -133,7 +131,7 @@ def plan_row_weights(x: Tensor) -> Rows:
     M, D = map(int, x.shape)
     size = x.element_size()
     cols = CHANNELS_LAST_BYTES // size
-    rows = max(1, min(power_of_two(M), REDUCTION_BYTES // size // cols))
+    rows = max(1, min(power_of_two(M), TILE_BYTES // 2 // size // cols))
     programs = max(1, PROGRAMS_PER_MULTIPROCESSOR * multiprocessors(x.device) * cols // D)
     tiles = -(-M // rows)
     splits = max(1, min(programs, -(-tiles // TILES_PER_SPLIT)))

@@ -73,5 +73,5 @@ def load_bits(bits, row, col, width, rows, cols, ROWS: tl.constexpr, COLS: tl.co
     bytes_wide = tl.cdiv(width, 8)
     r, b = tl.arange(0, ROWS)[:, None], tl.arange(0, COLS // 8)[None, :]
     packed = tl.load(bits + row * bytes_wide + col // 8 + r * bytes_wide + b, mask=(r < rows) & (b * 8 < cols), other=0)
-    single = (packed.to(tl.int32)[:, :, None] >> tl.arange(0, 8)[None, None, :]) & 1
+    single = packed.to(tl.int32)[:, :, None] & (1 << tl.arange(0, 8))[None, None, :]
     return tl.reshape(single, [ROWS, COLS]) != 0
