@@ -1,22 +1,23 @@
-"""Times the layer against torch's own, and is the one place that times anything.
+"""Times the layers against torch's own and whatever else is installed, and is the one place that times anything.
 
-    python scripts/bench.py                          # the table of the README: train step, CPU, float32
-    python scripts/bench.py --part eval              # what evaluation and a single process cost over F.batch_norm
-    python scripts/bench.py --dtype bfloat16 --threads 2 --backend reference
+    python scripts/bench.py                                # every part, the tables of README: about 6 minutes
+    python scripts/bench.py layer fused --dtype bfloat16 --threads 2
+    python scripts/bench.py --out docs/benchmarks          # also JSON and Markdown
 
-Every number is a ratio of two medians taken in one interleaved run, because the machine is rarely quiet. A layer whose
-result is wrong is not timed. The walk runs in a group of one: what it costs without the wire.
+Parts: layer (batch norm by backend), fused (with activation and residual), rows (layer, RMS and group norm), eval (what a
+single process pays), memory (what is kept for the backward), exchange (the wire alone), ranks (synchronised over
+processes). Every number is the median of ratios within one interleaved run, because the machine is rarely quiet. A layer
+whose result is wrong is not timed.
 """
 
 import argparse
 import json
 import os
 import platform
-import statistics
 import sys
-import time
-from collections.abc import Callable, Iterator
+from datetime import date
 from pathlib import Path
+from typing import Any
 
 # A fresh 25 MB output costs 6,000 page faults unless malloc may keep it; both sides get the same allocator.
 # glibc ignores a larger mmap threshold than 32 MiB.
@@ -26,184 +27,112 @@ _ALLOCATOR = {
     "MALLOC_TOP_PAD_": str(1 << 26),
 }
 
-
-def pin_allocator() -> None:
-    """Start this program again with a malloc that keeps its memory, unless it has been."""
-    if not all(os.environ.get(key) == value for key, value in _ALLOCATOR.items()):
-        os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **_ALLOCATOR})
-
-
-if __name__ == "__main__":
-    pin_allocator()
+if __name__ == "__main__" and not all(os.environ.get(key) == value for key, value in _ALLOCATOR.items()):
+    os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **_ALLOCATOR})
 
 import torch
-from torch import Tensor, nn
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+import bench_cases
+import bench_ranks
 
 import syncnorm
-from syncnorm.distributed.groups import LOCAL
-from syncnorm.functional import sync_batch_norm
-from syncnorm.kernels import objections
 
-SHAPES = [(32, 64, 56, 56), (32, 256, 14, 14), (8, 1024, 7, 7)]
-LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
-# Issue targets for the medians of the train part, float32.
-TARGETS = {"contiguous": 0.75, "channels_last": 1.35}
+PARTS: dict[str, Any] = {
+    "layer": bench_cases.layer_rows,
+    "fused": bench_cases.fused_rows,
+    "rows": bench_cases.row_norm_rows,
+    "eval": bench_cases.eval_rows,
+    "memory": bench_cases.memory_rows,
+    "exchange": bench_ranks.exchange_rows,
+    "ranks": bench_ranks.rank_rows,
+}
+TITLES = {
+    "layer": "Batch norm, forward and backward in a group of one: what it costs without the wire",
+    "fused": "Batch norm with what follows it, forward and backward",
+    "rows": "Row norms, forward and backward",
+    "eval": "The module against F.batch_norm: evaluation, and training without a process group",
+    "memory": "Bytes kept for the backward, in inputs",
+    "exchange": "One exchange between processes on this machine",
+    "ranks": "Synchronised batch norm over processes, forward and backward, against nn.BatchNorm2d on each alone",
+}
 
-Case = dict[str, Callable[[], object]]
+Row = dict[str, Any]
 
 
 def main() -> int:
-    """Run one part and print its table; 1 if a result is wrong."""
+    """Run the parts and print their tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--part", choices=["train", "eval"], default="train")
-    parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16", "float64"], default="float32")
-    parser.add_argument("--backend", help="kernel backend of the walk (default: what backend='auto' takes)")
-    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("parts", nargs="*", choices=[*PARTS, []], help="which parts to run (default: all)")
+    parser.add_argument("--dtype", nargs="+", default=["float32", "bfloat16"], help="(default: %(default)s)")
+    parser.add_argument("--threads", type=int, nargs="+", default=[1], help="(default: %(default)s)")
+    parser.add_argument("--backend", nargs="+", help="kernel backends (default: all that serve)")
     parser.add_argument("--rounds", type=int, default=31, help="interleaved rounds per row (default: %(default)s)")
-    parser.add_argument("--shape", action="append", help="N,C,H,W; repeatable (default: the three of the table)")
-    parser.add_argument("--json", type=Path, help="also write the rows here")
+    parser.add_argument("--shape", action="append", help="N,C,H,W; repeatable (default: the three of the tables)")
+    parser.add_argument("--compile", action="store_true", help="torch.compile of torch's layers, too (minutes)")
+    parser.add_argument("--out", type=Path, help="folder for cpu.json and cpu.md")
     arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
-    shapes = [tuple(int(n) for n in text.split(",")) for text in arguments.shape] if arguments.shape else SHAPES
-    dtype = getattr(torch, arguments.dtype)
-    serving = [name for name, reason in objections(torch.empty(2, 2, 2, dtype=dtype)).items() if reason is None]
-    backend = arguments.backend or serving[0]
-    print(
-        f"torch {torch.__version__}, {platform.machine()} {torch.backends.cpu.get_cpu_capability()}, "
-        f"{arguments.threads} thread(s), {arguments.dtype}, backend {backend}, "
-        f"medians of {arguments.rounds} interleaved rounds\n"
-    )
-    run = train_rows if arguments.part == "train" else eval_rows
-    rows = []
-    for row in run(shapes, dtype, backend, arguments.rounds):
-        if not rows:
-            print("| " + " | ".join(row) + " |\n|" + "---|" * len(row))
-        rows.append(row)
-        print("| " + " | ".join(str(v) for v in row.values()) + " |", flush=True)
-    if arguments.json:
-        arguments.json.write_text(json.dumps(rows, indent=2) + "\n")
-    if arguments.part == "train":
-        for layout, target in TARGETS.items():
-            ratio = statistics.median(float(row["ratio"]) for row in rows if row["layout"] == layout)
-            note = f" (target {target} at float32)" if dtype == torch.float32 else ""
-            print(f"\nmedian ratio, {layout}: {ratio:.2f}{note}", end="")
-        print()
+    arguments.dtypes = [getattr(torch, name) for name in arguments.dtype]
+    arguments.shapes = [tuple(map(int, text.split(","))) for text in arguments.shape or []] or bench_cases.SHAPES
+    head = machine(arguments)
+    print(head)
+    tables: dict[str, list[Row]] = {}
+    for part in arguments.parts or PARTS:
+        print(f"\n{TITLES[part]}\n")
+        tables[part] = []
+        for row in PARTS[part](arguments):
+            if not tables[part]:
+                print("| " + " | ".join(row) + " |\n|" + "---|" * len(row))
+            tables[part].append(row)
+            print("| " + " | ".join(map(str, row.values())) + " |", flush=True)
+    if arguments.out:
+        write(arguments.out, head, tables)
     return 0
 
 
-def train_rows(
-    shapes: list[tuple[int, ...]], dtype: torch.dtype, backend: str, rounds: int
-) -> Iterator[dict[str, str]]:
-    """Forward and backward of the walk in a group of one against ``nn.BatchNorm2d``."""
-    for shape in shapes:
-        for layout, memory_format in LAYOUTS.items():
-            x, grad = (tensor(shape, dtype, memory_format) for _ in range(2))
-            theirs, ours = nn.BatchNorm2d(shape[1]), syncnorm.SyncBatchNorm2d(shape[1])
-            step_theirs = step(theirs, x, grad)
-            step_ours = step(lambda x, layer=ours: walk(layer, x, backend), x, grad)
-            refuse_if_wrong(step_theirs(), step_ours(), x, grad)
-            y = torch.empty_like(x)
-            times = interleave({"copy": lambda x=x, y=y: y.copy_(x), "theirs": step_theirs, "ours": step_ours}, rounds)
-            ratios = [b / a for a, b in zip(times["theirs"], times["ours"], strict=True)]
-            low, ratio, high = statistics.quantiles(ratios, n=4)
-            copy, ours_us = (statistics.median(times[key]) * 1e6 for key in ("copy", "ours"))
-            moved = 2 * x.numel() * x.element_size() / 1e6
-            yield {
-                "shape": str(shape),
-                "layout": layout,
-                "dtype": str(dtype).removeprefix("torch."),
-                "nn.BatchNorm2d µs": f"{statistics.median(times['theirs']) * 1e6:.0f}",
-                "ours µs": f"{ours_us:.0f}",
-                "ratio": f"{ratio:.2f}",
-                "p25–p75": f"{low:.2f}–{high:.2f}",
-                "copies": f"{ours_us / copy:.1f}",
-                "copy MB": f"{moved:.1f}",
-                "copy GB/s": f"{moved / copy * 1e3:.1f}",
-            }
+def machine(arguments: argparse.Namespace) -> str:
+    """What the numbers are of."""
+    return (
+        f"{date.today().isoformat()}, syncnorm {syncnorm.__version__}, torch {torch.__version__}, {processor()}, "
+        f"{os.cpu_count()} cores, {torch.backends.cpu.get_cpu_capability()}, medians of {arguments.rounds} interleaved rounds; "
+        f"load {os.getloadavg()[0]:.1f} at the start"
+    )
 
 
-def eval_rows(shapes: list[tuple[int, ...]], dtype: torch.dtype, backend: str, rounds: int) -> Iterator[dict[str, str]]:
-    """The module against ``F.batch_norm``: evaluation, and training without a process group."""
-    for shape in shapes:
-        for mode in ("eval", "train, one process"):
-            x = tensor(shape, dtype, torch.contiguous_format)
-            layer = syncnorm.SyncBatchNorm2d(shape[1]).train(mode != "eval")
-            buffers = [layer.running_mean.clone(), layer.running_var.clone()]
-
-            def theirs(x: Tensor = x, layer: nn.BatchNorm2d = layer, buffers: list[Tensor] = buffers) -> Tensor:
-                affine = layer.weight, layer.bias
-                return nn.functional.batch_norm(x, *buffers, *affine, layer.training, 0.1, layer.eps)
-
-            with torch.no_grad():
-                if not torch.equal(theirs(), layer(x)):
-                    raise SystemExit(f"not timed: {mode} differs from F.batch_norm at {shape}")
-                times = interleave({"theirs": theirs, "ours": lambda x=x, layer=layer: layer(x)}, rounds)
-            ratio = statistics.median(b / a for a, b in zip(times["theirs"], times["ours"], strict=True))
-            extra = statistics.median(times["ours"]) - statistics.median(times["theirs"])
-            yield {
-                "shape": str(shape),
-                "mode": mode,
-                "F.batch_norm µs": f"{statistics.median(times['theirs']) * 1e6:.0f}",
-                "ratio": f"{ratio:.3f}",
-                "difference µs": f"{extra * 1e6:.1f}",
-            }
+def processor() -> str:
+    """The processor's own name."""
+    info = Path("/proc/cpuinfo")
+    names = (
+        [line.partition(":")[2].strip() for line in info.read_text().splitlines() if "model name" in line]
+        if info.exists()
+        else []
+    )
+    return names[0] if names else platform.machine()
 
 
-def tensor(shape: tuple[int, ...], dtype: torch.dtype, memory_format: torch.memory_format) -> Tensor:
-    """Random data: constant tensors flatter a memory-bound kernel."""
-    return torch.randn(shape).to(dtype).to(memory_format=memory_format)
-
-
-def walk(layer: nn.BatchNorm2d, x: Tensor, backend: str) -> Tensor:
-    """The synchronised path in a group of one, where the module itself would leave the work to torch."""
-    return sync_batch_norm(
-        x, layer.running_mean, layer.running_var, layer.weight, layer.bias, training=True, momentum=layer.momentum,
-        eps=layer.eps, num_batches_tracked=layer.num_batches_tracked, group=LOCAL, backend=backend,
-    )  # fmt: skip
-
-
-def step(layer: Callable[[Tensor], Tensor], x: Tensor, grad: Tensor) -> Callable[[], tuple[Tensor, Tensor]]:
-    """Forward and backward."""
-    leaf = x.clone(memory_format=torch.preserve_format).requires_grad_()
-
-    def run() -> tuple[Tensor, Tensor]:
-        leaf.grad = None
-        y = layer(leaf)
-        y.backward(grad)
-        assert leaf.grad is not None
-        return y.detach(), leaf.grad
-
-    return run
-
-
-def refuse_if_wrong(theirs: tuple[Tensor, Tensor], ours: tuple[Tensor, Tensor], x: Tensor, grad: Tensor) -> None:
-    """Exit unless output and input gradient agree with float64 about as well as torch's do."""
-    leaf = x.double().requires_grad_()
-    y = nn.functional.batch_norm(leaf, None, None, None, None, True, 0.0, 1e-5)
-    (dx,) = torch.autograd.grad(y, leaf, grad.double())
-    for name, exact, a, b in zip(("output", "input gradient"), (y, dx), theirs, ours, strict=True):
-        bound = 2 * (a - exact).abs().max() + 4 * torch.finfo(x.dtype).eps * exact.abs().max()
-        if (b - exact).abs().max() > bound:
-            raise SystemExit(f"not timed: {name} is off by {(b - exact).abs().max():.2e}, allowed {bound:.2e}")
-
-
-def interleave(cases: Case, rounds: int) -> dict[str, list[float]]:
-    """Seconds per call: every case once a round, after two rounds of warm-up."""
-    # On one thread its own CPU time, which other processes do not lengthen.
-    clock = time.thread_time if torch.get_num_threads() == 1 else time.perf_counter
-    times: dict[str, list[float]] = {name: [] for name in cases}
-    progress = sys.stderr.isatty()
-    for round_number in range(rounds + 2):
-        for name, run in cases.items():
-            start = clock()
-            run()
-            if round_number >= 2:
-                times[name].append(clock() - start)
-        if progress:
-            print(f"\r  round {round_number + 1}/{rounds + 2} ", end="", file=sys.stderr)
-    if progress:
-        print("\r" + " " * 24 + "\r", end="", file=sys.stderr)
-    return times
+def write(folder: Path, head: str, tables: dict[str, list[Row]]) -> None:
+    """``cpu.json`` and ``cpu.md``; a part that was not run keeps what stands there."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "cpu.json"
+    old = json.loads(path.read_text()) if path.exists() else {}
+    found = {part: {"of": head, "rows": rows} for part, rows in tables.items()}
+    merged = {part: {**old, **found}[part] for part in PARTS if part in {**old, **found}}
+    path.write_text(json.dumps(merged, indent=1) + "\n")
+    lines = ["# Benchmarks on CPU", "", "Written by `python scripts/bench.py --out docs/benchmarks`."]
+    for part, table in merged.items():
+        header = list(table["rows"][0])
+        lines += [
+            "",
+            f"## {TITLES[part]}",
+            "",
+            f"{table['of']}.",
+            "",
+            "| " + " | ".join(header) + " |",
+            "|" + "---|" * len(header),
+        ]
+        lines += ["| " + " | ".join(str(row.get(name, "")) for name in header) + " |" for row in table["rows"]]
+    (folder / "cpu.md").write_text("\n".join(lines) + "\n")
 
 
 if __name__ == "__main__":

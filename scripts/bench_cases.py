@@ -1,0 +1,295 @@
+"""What ``scripts/bench.py`` times in one process, and how it times anything."""
+
+import argparse
+import importlib.util
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+import syncnorm
+from syncnorm.distributed.groups import LOCAL
+from syncnorm.functional import sync_batch_norm
+from syncnorm.kernels import objections
+
+SHAPES = [(32, 64, 56, 56), (32, 256, 14, 14), (8, 1024, 7, 7)]
+LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
+
+Row = dict[str, Any]
+Layer = Callable[..., Tensor]
+
+
+def layer_rows(arguments: argparse.Namespace) -> Iterator[Row]:
+    """Forward and backward of the walk in a group of one against ``nn.BatchNorm2d``, by backend."""
+    for threads, dtype, shape, layout in _grid(arguments):
+        x, grad = (tensor(shape, dtype, LAYOUTS[layout]) for _ in range(2))
+        steps = {"torch": step(nn.BatchNorm2d(shape[1]), x, grad)}
+        for backend in arguments.backend or serving(dtype, reference=False):
+            steps[backend] = step(walk(shape[1], backend), x, grad)
+            refuse_if_wrong(steps["torch"](), steps[backend](), x, grad)
+        y = torch.empty_like(x)
+        times = interleave({"copy": lambda x=x, y=y: y.copy_(x), **steps}, arguments.rounds)
+        moved = 2 * x.numel() * x.element_size()
+        copy = statistics.median(times["copy"])
+        best = next(name for name in steps if name != "torch")
+        yield {
+            **_what(threads, dtype, shape, layout),
+            "torch µs": f"{statistics.median(times['torch']) * 1e6:.0f}",
+            **{name: spread(times, name, "torch") for name in steps if name != "torch"},
+            f"copies, {best}": f"{statistics.median(times[best]) / copy:.1f}",
+            "copy GB/s": f"{moved / copy / 1e9:.1f}",
+        }
+
+
+def fused_rows(arguments: argparse.Namespace) -> Iterator[Row]:
+    """BN+ReLU and BN+add+ReLU within the layer against three layers of torch, and against peers that are installed."""
+    for threads, dtype, shape, layout in _grid(arguments):
+        x, residual, grad = (tensor(shape, dtype, LAYOUTS[layout]) for _ in range(3))
+        backend = (arguments.backend or serving(dtype))[0]
+        for name, second in (("BN+ReLU", None), ("BN+add+ReLU", residual)):
+            theirs, fused = nn.BatchNorm2d(shape[1]), walk(shape[1], backend, activation="relu")
+
+            def composed(x: Tensor, second: Tensor | None = None, norm: nn.Module = theirs) -> Tensor:
+                y = norm(x)
+                return functional.relu(y if second is None else y + second)
+
+            def in_place(x: Tensor, second: Tensor | None = None, norm: nn.Module = theirs) -> Tensor:
+                y = norm(x)
+                return functional.relu_(y if second is None else y.add_(second))
+
+            steps = {
+                layer: step(run, x, grad, second)
+                for layer, run in (("torch", composed), ("in place", in_place), (backend, fused))
+            }
+            if arguments.compile:
+                steps["torch.compile"] = step(torch.compile(composed), x, grad, second)
+            if second is None and dtype == torch.float32 and importlib.util.find_spec("inplace_abn"):
+                from inplace_abn import (
+                    ABN,
+                )  # slower builds of InPlaceABN need CUDA; this is its layer without memory saving
+
+                steps["inplace-abn"] = step(ABN(shape[1], activation="relu"), x, grad)
+            times = interleave(steps, arguments.rounds)
+            yield {
+                **_what(threads, dtype, shape, layout),
+                "layers": name,
+                "torch µs": f"{statistics.median(times['torch']) * 1e6:.0f}",
+                "backend": backend,
+                "ours": spread(times, backend, "torch"),
+                "ours / torch in place": spread(times, backend, "in place"),
+                "compiled torch": spread(times, "torch.compile", "torch") if arguments.compile else "–",
+                "inplace-abn": spread(times, "inplace-abn", "torch") if "inplace-abn" in times else "–",
+            }
+
+
+def row_norm_rows(arguments: argparse.Namespace) -> Iterator[Row]:
+    """Layer, RMS and group norm against torch's."""
+    for threads in arguments.threads:
+        torch.set_num_threads(threads)
+        for dtype in arguments.dtypes:
+            for rows, width in ((4096, 1024), (1024, 4096)):
+                x, grad = (torch.randn(rows, width).to(dtype) for _ in range(2))
+                weight = nn.Parameter(torch.ones(width, dtype=dtype))
+                bias = nn.Parameter(torch.zeros(width, dtype=dtype))
+                rms, layer = syncnorm.RMSNorm(width, dtype=dtype), syncnorm.LayerNorm(width, dtype=dtype)
+                times = interleave(
+                    {
+                        "F.rms_norm": step(lambda x, w=weight, n=width: functional.rms_norm(x, (n,), w), x, grad),
+                        "F.layer_norm": step(
+                            lambda x, w=weight, b=bias, n=width: functional.layer_norm(x, (n,), w, b), x, grad
+                        ),
+                        "RMSNorm": step(rms, x, grad),
+                        "LayerNorm": step(layer, x, grad),
+                    },
+                    arguments.rounds,
+                )
+                for name, peer in (
+                    ("RMSNorm", "F.rms_norm"),
+                    ("RMSNorm", "F.layer_norm"),
+                    ("LayerNorm", "F.layer_norm"),
+                ):
+                    yield {
+                        "threads": threads, "dtype": _name(dtype), "shape": f"({rows}, {width})", "layout": "",
+                        "ours": name, "against": peer,
+                        "torch µs": f"{statistics.median(times[peer]) * 1e6:.0f}", "ratio": spread(times, name, peer),
+                    }  # fmt: skip
+            for shape in arguments.shapes:
+                for layout, memory_format in LAYOUTS.items():
+                    x, grad = (tensor(shape, dtype, memory_format) for _ in range(2))
+                    theirs, ours = (
+                        nn.GroupNorm(32, shape[1], dtype=dtype),
+                        syncnorm.GroupNorm(shape[1], 32, dtype=dtype),
+                    )
+                    steps = {"torch": step(theirs, x, grad), "ours": step(ours, x, grad)}
+                    times = interleave(steps, max(arguments.rounds // 3, 5))
+                    yield {
+                        "threads": threads, "dtype": _name(dtype), "shape": str(shape), "layout": layout,
+                        "ours": "GroupNorm-32", "against": "F.group_norm",
+                        "torch µs": f"{statistics.median(times['torch']) * 1e6:.0f}", "ratio": spread(times, "ours", "torch"),
+                    }  # fmt: skip
+
+
+def eval_rows(arguments: argparse.Namespace) -> Iterator[Row]:
+    """The module against ``F.batch_norm``: evaluation, and training without a process group."""
+    for threads, dtype, shape, layout in _grid(arguments):
+        for mode in ("eval", "train, one process"):
+            x = tensor(shape, dtype, LAYOUTS[layout])
+            layer = syncnorm.SyncBatchNorm2d(shape[1]).train(mode != "eval")
+            buffers = [layer.running_mean.clone(), layer.running_var.clone()]
+
+            def theirs(x: Tensor = x, layer: nn.BatchNorm2d = layer, buffers: list[Tensor] = buffers) -> Tensor:
+                affine = layer.weight, layer.bias
+                return functional.batch_norm(x, *buffers, *affine, layer.training, 0.1, layer.eps)
+
+            with torch.no_grad():
+                if not torch.equal(theirs(), layer(x)):
+                    raise SystemExit(f"not timed: {mode} differs from F.batch_norm at {shape}")
+                times = interleave({"torch": theirs, "ours": lambda x=x, layer=layer: layer(x)}, arguments.rounds)
+            extra = statistics.median(times["ours"]) - statistics.median(times["torch"])
+            yield {
+                **_what(threads, dtype, shape, layout),
+                "mode": mode,
+                "F.batch_norm µs": f"{statistics.median(times['torch']) * 1e6:.0f}",
+                "ratio": spread(times, "ours", "torch", digits=3),
+                "difference µs": f"{extra * 1e6:.1f}",
+            }
+
+
+def memory_rows(arguments: argparse.Namespace) -> Iterator[Row]:
+    """What autograd keeps, with a convolution behind, which keeps its own input; in sizes of the input."""
+    x, residual = (torch.randn(8, 64, 28, 28, requires_grad=True) for _ in range(2))
+    cases: dict[str, tuple[Layer, Layer, list[Tensor]]] = {}
+    norm = nn.BatchNorm2d(64)
+    for name in ("relu", "leaky_relu", "silu", "gelu"):
+        function = getattr(functional, name)
+        cases[f"BN+{name}"] = (lambda x, f=function: f(norm(x)), _sync(activation=name), [x])
+        cases[f"BN+add+{name}"] = (lambda x, r, f=function: f(norm(x) + r), _sync(activation=name), [x, residual])
+    cases["BN+leaky_relu, memory_efficient"] = (
+        *cases["BN+leaky_relu"][:1],
+        _sync(activation="leaky_relu", memory_efficient=True),
+        [x],
+    )
+    cases["BN, memory_efficient"] = (norm, _sync(memory_efficient=True), [x])
+    conv = nn.Conv2d(64, 8, 1)
+    for name, (theirs, ours, inputs) in cases.items():
+        yield {
+            "layers": f"{name}, then a convolution",
+            "torch": f"{saved(lambda *t, f=theirs: conv(f(*t)), inputs) / x.nbytes:.2f}",
+            "ours": f"{saved(lambda *t, f=ours: conv(f(*t)), inputs) / x.nbytes:.2f}",
+        }
+
+
+def saved(layer: Layer, inputs: list[Tensor]) -> int:
+    """Bytes of distinct memory that autograd keeps for a backward through ``layer``, parameters included."""
+    kept: dict[int, int] = {}
+
+    def pack(t: Tensor) -> Tensor:
+        kept[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        y = layer(*inputs)  # alive until here: its memory must not be given to something else
+    del y
+    return sum(kept.values())
+
+
+def walk(channels: int, backend: str, **options: Any) -> Layer:
+    """The synchronised path in a group of one, where the module itself may leave the work to torch."""
+    layer = nn.BatchNorm2d(channels)
+
+    def run(x: Tensor, residual: Tensor | None = None) -> Tensor:
+        return sync_batch_norm(
+            x, layer.running_mean, layer.running_var, layer.weight, layer.bias, training=True, momentum=layer.momentum,
+            eps=layer.eps, num_batches_tracked=layer.num_batches_tracked, group=LOCAL, backend=backend, residual=residual,
+            **options,
+        )  # fmt: skip
+
+    return run
+
+
+def serving(dtype: torch.dtype, *, reference: bool = True) -> list[str]:
+    """Backends that take an input of that dtype on this machine."""
+    answers = objections(torch.empty(2, 2, 2, dtype=dtype))
+    return [name for name, reason in answers.items() if reason is None and (reference or name != "reference")]
+
+
+def tensor(shape: tuple[int, ...], dtype: torch.dtype, memory_format: torch.memory_format) -> Tensor:
+    """Random data: constant tensors flatter a memory-bound kernel."""
+    return torch.randn(shape).to(dtype).to(memory_format=memory_format)
+
+
+def step(layer: Layer, x: Tensor, grad: Tensor, residual: Tensor | None = None) -> Callable[[], tuple[Tensor, Tensor]]:
+    """Forward and backward."""
+    leaves = [t.clone(memory_format=torch.preserve_format).requires_grad_() for t in (x, residual) if t is not None]
+
+    def run() -> tuple[Tensor, Tensor]:
+        for leaf in leaves:
+            leaf.grad = None
+        y = layer(*leaves)
+        y.backward(grad)
+        assert leaves[0].grad is not None
+        return y.detach(), leaves[0].grad
+
+    return run
+
+
+def refuse_if_wrong(theirs: tuple[Tensor, Tensor], ours: tuple[Tensor, Tensor], x: Tensor, grad: Tensor) -> None:
+    """Exit unless output and input gradient agree with float64 about as well as torch's do."""
+    leaf = x.double().requires_grad_()
+    y = functional.batch_norm(leaf, None, None, None, None, True, 0.0, 1e-5)
+    (dx,) = torch.autograd.grad(y, leaf, grad.double())
+    for name, exact, a, b in zip(("output", "input gradient"), (y, dx), theirs, ours, strict=True):
+        bound = 2 * (a - exact).abs().max() + 4 * torch.finfo(x.dtype).eps * exact.abs().max()
+        if (b - exact).abs().max() > bound:
+            raise SystemExit(f"not timed: {name} is off by {(b - exact).abs().max():.2e}, allowed {bound:.2e}")
+
+
+def interleave(cases: dict[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
+    """Seconds per call: every case once a round, after two rounds of warm-up."""
+    # On one thread its own CPU time, which other processes do not lengthen.
+    clock = time.thread_time if torch.get_num_threads() == 1 else time.perf_counter
+    times: dict[str, list[float]] = {name: [] for name in cases}
+    progress = sys.stderr.isatty()
+    for round_number in range(rounds + 2):
+        for name, run in cases.items():
+            start = clock()
+            run()
+            if round_number >= 2:
+                times[name].append(clock() - start)
+        if progress:
+            print(f"\r  round {round_number + 1}/{rounds + 2} ", end="", file=sys.stderr)
+    if progress:
+        print("\r" + " " * 24 + "\r", end="", file=sys.stderr)
+    return times
+
+
+def spread(times: dict[str, list[float]], ours: str, theirs: str, digits: int = 2) -> str:
+    """Median of the paired ratios, and between which values the middle half of them lies."""
+    low, ratio, high = statistics.quantiles((b / a for a, b in zip(times[theirs], times[ours], strict=True)), n=4)
+    return f"{ratio:.{digits}f} [{low:.{digits}f}–{high:.{digits}f}]"
+
+
+def _sync(**options: Any) -> nn.Module:
+    return syncnorm.SyncBatchNorm2d(64, **options)
+
+
+def _grid(arguments: argparse.Namespace) -> Iterator[tuple[int, torch.dtype, tuple[int, ...], str]]:
+    for threads in arguments.threads:
+        torch.set_num_threads(threads)
+        for dtype in arguments.dtypes:
+            for shape in arguments.shapes:
+                for layout in LAYOUTS:
+                    yield threads, dtype, shape, layout
+
+
+def _what(threads: int, dtype: torch.dtype, shape: tuple[int, ...], layout: str) -> Row:
+    return {"threads": threads, "dtype": _name(dtype), "shape": str(shape), "layout": layout}
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

@@ -1,0 +1,156 @@
+"""What ``scripts/bench.py`` times between processes: the wire alone, and a layer over it. Wall clock, on the first rank."""
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from bench_cases import LAYOUTS, Row, spread, step, tensor
+from torch import Tensor, nn
+
+import syncnorm
+from syncnorm.distributed.agreement import begin_call, sum_agreed
+from syncnorm.distributed.groups import GroupSpec, resolve
+from syncnorm.distributed.wire import sum_row
+from syncnorm.testing import run_ranks
+
+_WAYS = ("collective", "shm")
+_BLOCK = 5
+Times = dict[str, list[float]]
+
+
+def exchange_rows(arguments: argparse.Namespace) -> Iterator[Row]:
+    """One packed row by each way, checked and not, against a bare all-reduce of as many words."""
+    for ranks in (2, 4):
+        for channels in (64, 1024):
+            times = _first(ranks, exchange_times, channels, 20 * arguments.rounds)
+            for way in (w for w in _WAYS if f"{w} inline" in times):
+                yield {
+                    "ranks": ranks, "channels": channels, "way": "gloo" if way == "collective" else way,
+                    "bare all_reduce µs": f"{statistics.median(times['bare']) * 1e6:.0f}",
+                    "unchecked µs": f"{statistics.median(times[f'{way} off']) * 1e6:.1f}",
+                    "checked µs": f"{statistics.median(times[f'{way} inline']) * 1e6:.1f}",
+                    "checked / bare": spread(times, f"{way} inline", "bare"),
+                    "row alone µs": f"{statistics.median(times[f'{way} row']) * 1e6:.1f}",
+                }  # fmt: skip
+
+
+def rank_rows(arguments: argparse.Namespace) -> Iterator[Row]:
+    """The layer by each way, and a textbook one of plain operations, against torch's on every rank for itself."""
+    for ranks in (2, 4):
+        for dtype in arguments.dtypes:
+            for shape in arguments.shapes:
+                for layout in LAYOUTS:
+                    times = _first(ranks, layer_times, shape, dtype, layout, max(arguments.rounds // 2, 7))
+                    row: dict[str, Any] = {
+                        "ranks": ranks,
+                        "dtype": str(dtype).removeprefix("torch."),
+                        "shape": str(shape),
+                        "layout": layout,
+                    }
+                    row["local nn.BatchNorm2d µs"] = f"{statistics.median(times['local']) * 1e6:.0f}"
+                    row["shm"] = spread(times, "shm", "local") if "shm" in times else "–"
+                    row["gloo"] = spread(times, "collective", "local")
+                    row["textbook, gloo"] = spread(times, "textbook", "local")
+                    row["textbook / ours, gloo"] = spread(times, "textbook", "collective")
+                    yield row
+
+
+def _first(ranks: int, function: Callable[..., Times], *args: Any) -> Times:
+    times: Times = run_ranks(function, ranks, *args, timeout=600)[0]
+    return times
+
+
+def _ways() -> list[str]:
+    ways = []
+    for way in _WAYS:
+        syncnorm.set_exchange(way)
+        try:
+            syncnorm.SyncBatchNorm1d(2)(torch.randn(3, 2))
+        except syncnorm.SyncNormError:  # on all ranks alike
+            continue
+        ways.append(way)
+    return ways
+
+
+def exchange_times(channels: int, rounds: int) -> Times:
+    """Seconds by case, on one rank."""
+    group, site, x = resolve(GroupSpec()), syncnorm.SyncBatchNorm1d(channels), torch.randn(4, channels)
+    row = torch.randn(2 * channels + 1, dtype=torch.float64)
+    cases: dict[str, Callable[[], object]] = {"bare": lambda: dist.all_reduce(row.clone())}
+    for way in _ways():
+        for check in ("off", "inline"):
+
+            def run(way: str = way, check: str = check) -> None:
+                sum_agreed(row, group, begin_call(site, group, x), "forward", 1.0)
+
+            cases[f"{way} {check}"] = run
+
+        cases[f"{way} row"] = lambda: sum_row(row.clone(), group)
+    return _interleave(cases, rounds)
+
+
+def layer_times(shape: tuple[int, ...], dtype: torch.dtype, layout: str, rounds: int) -> Times:
+    """Seconds by case, on one rank."""
+    x, grad = (tensor(shape, dtype, LAYOUTS[layout]) for _ in range(2))
+    cases = {"local": step(nn.BatchNorm2d(shape[1]), x, grad)}
+    ways = _ways()
+    for way in ways:
+        cases[way] = step(syncnorm.SyncBatchNorm2d(shape[1]), x, grad)
+    cases["textbook"] = step(Textbook(shape[1]), x, grad)
+    return _interleave(cases, rounds)
+
+
+class Textbook(nn.Module):
+    """SyncBatchNorm as one would write it down: mean and mean square of all ranks, and autograd for the rest."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.ones(channels)), nn.Parameter(torch.zeros(channels))
+        self.running_mean, self.running_var = torch.zeros(channels), torch.ones(channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        count = torch.tensor([x.numel() / x.size(1)])
+        sums = _AllReduce.apply(torch.cat([count, x.float().sum((0, 2, 3)), x.float().square().sum((0, 2, 3))]))
+        count, mean, square = sums[0], *(sums[1:].view(2, -1) / sums[0]).unbind(0)
+        var = square - mean * mean
+        with torch.no_grad():
+            self.running_mean.lerp_(mean, 0.1)
+            self.running_var.lerp_(var * count / (count - 1), 0.1)
+        scale = (var + 1e-5).rsqrt() * self.weight
+        y = x.float() * scale[:, None, None] + (self.bias - mean * scale)[:, None, None]
+        return y.to(x.dtype)
+
+
+class _AllReduce(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        x = x.clone()
+        dist.all_reduce(x)
+        return x
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        grad = grad.clone()
+        dist.all_reduce(grad)
+        return grad
+
+
+def _interleave(cases: dict[str, Callable[[], object]], rounds: int) -> Times:
+    times: Times = {name: [] for name in cases}
+    for _ in range(-(-rounds // _BLOCK)):
+        for name, run in cases.items():
+            way, _, check = name.partition(" ")
+            syncnorm.set_check(check if check in ("off", "inline") else "inline")
+            syncnorm.set_exchange(way if way in _WAYS else "collective")  # ranks agree anew at the next exchange
+            run()
+            run()
+            dist.barrier()
+            for _ in range(_BLOCK):
+                start = time.perf_counter()
+                run()
+                times[name].append(time.perf_counter() - start)
+    return times
