@@ -75,7 +75,7 @@ def test_channels_last_with_a_large_mean(dtype: torch.dtype, dims: int) -> None:
     assert y.movedim(1, -1).is_contiguous() and y.dtype == dtype
     torch.testing.assert_close(y.double(), want, rtol=0, atol=tolerance)
     torch.testing.assert_close(x.grad.double(), exact.grad, rtol=0, atol=tolerance)
-    if dtype == torch.float32 and dims == 4:  # what it protects from; when torch is mended, _recentre of aten_rows.py can go
+    if dtype == torch.float32 and dims == 4:  # what it protects from; when torch is mended, aten_rows._recentre can go
         assert (functional.group_norm(x, 2).double() - want).abs().max() > 0.1
 
 
