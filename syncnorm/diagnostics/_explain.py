@@ -1,6 +1,6 @@
 """Which path a layer's next call takes, and why not another. Runs no collective and changes nothing."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -22,7 +22,7 @@ from syncnorm.kernels import BACKENDS, objections
 from syncnorm.modules import SyncStatistics
 from syncnorm.modules._mixed_statistics import MixedStatistics
 
-__all__ = ["explain"]
+__all__ = ["explain", "inputs_of"]
 
 
 _UNFIT = "torch's batch_norm does not take these dtypes together, or would read its counter on the host"
@@ -66,7 +66,7 @@ def explain(module: nn.Module, x: Any = None) -> str:
     others = [layer for layer in layers if keeps_batch_statistics(layer.module)]
     others = [layer for layer in others if not isinstance(layer.module, SyncStatistics | MixedStatistics)]
     mixed = [(layer.names[0], layer.module) for layer in layers if isinstance(layer.module, MixedStatistics)]
-    inputs = {} if x is None else _inputs(module, [layer for _, layer in ours], x)
+    inputs = {} if x is None else inputs_of(module, [layer for _, layer in ours], x)
     texts = [_explain_layer(layer, name, inputs.get(id(layer)), x is not None) for name, layer in ours]
     texts += [
         f"{display(name)}: {type(layer).__name__}, batch statistics as one part of several\n  group    {_group(layer)[0]}"
@@ -203,7 +203,7 @@ def _buffers(layer: SyncStatistics) -> str:
     return f"{where}, updated {every}{' as a cumulative average' if layer.momentum is None else ''}"
 
 
-def _inputs(model: nn.Module, layers: list[SyncStatistics], x: Any) -> dict[int, Tensor]:
+def inputs_of(model: nn.Module, layers: Sequence[nn.Module], x: Any) -> dict[int, Tensor]:
     """What reaches each layer first when ``model`` is run on ``x``."""
     seen: dict[int, Tensor] = {}
 

@@ -16,6 +16,7 @@ from torch import Tensor
 __all__ = [
     "all_gather",
     "all_reduce_sum",
+    "available_backends",
     "begin_all_reduce",
     "find_group",
     "group_backend",
@@ -31,6 +32,12 @@ __all__ = [
 def is_initialized() -> bool:
     """Whether there is a default process group."""
     return dist.is_available() and dist.is_initialized()
+
+
+def available_backends() -> list[str]:
+    """What this build of torch can carry collectives by."""
+    names = ("gloo", "nccl", "mpi", "xccl") if dist.is_available() else ()
+    return [name for name in names if getattr(dist, f"is_{name}_available", bool)()]
 
 
 def find_group(name: str) -> dist.ProcessGroup:

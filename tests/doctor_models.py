@@ -1,0 +1,43 @@
+"""What the tests of the command line examine, by name."""
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+import syncnorm
+
+
+class Checkpointed(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm1d(4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return checkpoint(self.norm, x, use_reentrant=False)
+
+
+def plain() -> nn.Module:
+    return nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4))
+
+
+def synced() -> tuple[nn.Module, Tensor]:
+    return syncnorm.convert(plain()), torch.randn(5, 3)
+
+
+class Own(nn.BatchNorm1d):
+    """Left by convert."""
+
+
+def left() -> tuple[Tensor, nn.Module]:
+    return torch.randn(5, 3), nn.Sequential(nn.Linear(3, 4), Own(4), nn.BatchNorm1d(4))
+
+
+def broken() -> nn.Module:
+    raise RuntimeError("no weights\nin two lines")
+
+
+def number() -> int:
+    return 3
+
+
+shared = plain()
