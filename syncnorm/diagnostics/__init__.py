@@ -10,20 +10,28 @@ from syncnorm.diagnostics._explain import explain
 from syncnorm.diagnostics._inspect import NormReport, NormRow, inspect
 
 if TYPE_CHECKING:
+    from syncnorm.diagnostics._doctor import DoctorReport as DoctorReport
+    from syncnorm.diagnostics._doctor import doctor as doctor
+    from syncnorm.diagnostics._findings import Finding as Finding
+    from syncnorm.diagnostics._findings import Subject as Subject
     from syncnorm.diagnostics._verify import VerifyReport as VerifyReport
     from syncnorm.diagnostics._verify import VerifyRow as VerifyRow
     from syncnorm.diagnostics._verify import verify as verify
 
 __all__ = [
     "AuditReport",
+    "DoctorReport",
     "Drift",
+    "Finding",
     "NormInfo",
     "NormList",
     "NormReport",
     "NormRow",
+    "Subject",
     "VerifyReport",
     "VerifyRow",
     "audit",
+    "doctor",
     "explain",
     "inspect",
     "list_norms",
@@ -31,7 +39,19 @@ __all__ = [
 ]
 
 
+# They need what starts ranks, which nothing else here does.
+_LAZY = {
+    "DoctorReport": "_doctor",
+    "Finding": "_findings",
+    "Subject": "_findings",
+    "VerifyReport": "_verify",
+    "VerifyRow": "_verify",
+    "doctor": "_doctor",
+    "verify": "_verify",
+}
+
+
 def __getattr__(name: str) -> Any:
-    if name in ("VerifyReport", "VerifyRow", "verify"):  # needs what starts ranks, which nothing else here does
-        return getattr(importlib.import_module("syncnorm.diagnostics._verify"), name)
+    if name in _LAZY:
+        return getattr(importlib.import_module(f"syncnorm.diagnostics.{_LAZY[name]}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
