@@ -6,7 +6,6 @@ from typing import Any, cast
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
-from syncnorm.conversion._adapters import target_in_family
 from syncnorm.conversion._filters import swap_filters
 from syncnorm.conversion._layers import display
 from syncnorm.conversion._plan import Plan, plan, shorten, skipped_text
@@ -66,7 +65,8 @@ def convert(
             ``"group_norm"`` and ``weight_centralization=True`` for ``"moving_average_batch_norm"``: every
             ``nn.Conv1d/2d/3d`` that the globs of ``include`` and ``exclude`` select becomes a
             :class:`syncnorm.modules.WeightStandardizedConv2d` or ``WeightCentralizedConv2d``, with the same parameters and
-            keys. ``affine=None``, where the
+            keys. ``fuse=True``, where the new layer can apply an activation: norms take in the activation and the sum that
+            follow them, as :func:`syncnorm.plan` tells; see ``docs/conversion.md``. ``affine=None``, where the
             new layer leaves the choice: a weight and bias where the layer has them; True adds, False drops them.
 
     Returns:
@@ -94,10 +94,8 @@ def convert(
         if entry.action == "swap" and isinstance(module, _ConvNd):
             swap_filters(module, made.options)
         elif entry.action == "swap":
-            stays = isinstance(module, SyncStatistics) and module.family == to
-            own = type(module) if stays else target_in_family(type(module), to)
             settings = {name: value for name, value in made.options.items() if name in TARGETS[to].parameters}
-            cast(type[SyncStatistics], own).adopt(module, **settings)
+            cast(type[SyncStatistics], entry._verdict.layer).adopt(module, **settings)
         elif entry.action == "replace":
             replacement = blueprint(module, to, made.options)
             assert replacement is not None
@@ -107,6 +105,8 @@ def convert(
     for name, module in root.named_modules():
         if isinstance(module, SyncStatistics):
             module._path = name  # by which ranks are told apart
+    for block in made._blocks:
+        block.install()
     return root
 
 
@@ -125,7 +125,9 @@ def _warn(made: Plan) -> None:
             f"num_groups={asked} does not divide the channels of every layer; the greatest common divisor does: "
             f"{became}."
         )
-    active = [entry for entry in made.entries if entry.action == "replace" and "activates too" in entry.reason]
+    active = [
+        e for e in made.entries if e.action == "replace" and "activates too" in e.reason and "takes in" not in e.reason
+    ]
     if active:
         kind = active[0].target.partition("(")[0]
         texts.append(

@@ -1,12 +1,14 @@
 """What a conversion would do, layer by layer with the reason, before anything is done; the conversion follows it."""
 
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import nn
 
 from syncnorm.conversion._filters import convolutions, judge_convolution
+from syncnorm.conversion._fuse import Block, find_fusions
+from syncnorm.conversion._fused_forward import takes_in
 from syncnorm.conversion._layers import SHARDED, Layer, class_names, display, find_layers, walk
 from syncnorm.conversion._replace import STATISTICS
 from syncnorm.conversion._select import Patterns, has_globs, select
@@ -59,6 +61,7 @@ class Plan:
     to: str
     options: dict[str, Any]
     entries: tuple[Entry, ...]
+    _blocks: list[Block] = field(default_factory=list, repr=False, compare=False)
 
     @property
     def counts(self) -> dict[str, int]:
@@ -140,7 +143,10 @@ def plan(
         else:
             verdict = judge(layer, to, given) if norm else judge_convolution(layer, given)
         entries.append(_entry(layer, verdict))
-    made = Plan(to, given, tuple(entries))
+    blocks: list[Block] = []
+    if given.get("fuse"):
+        entries, blocks = _fused(model, to, entries)
+    made = Plan(to, given, tuple(entries), blocks)
     _refuse_wrapped(model, made)
     skipped = [entry for entry in entries if entry.action == "skip"]
     if strict and skipped:
@@ -149,6 +155,27 @@ def plan(
             + skipped_text(skipped)
         )
     return made
+
+
+def _fused(model: nn.Module, to: str, entries: list[Entry]) -> tuple[list[Entry], list[Block]]:
+    """Entries that tell what each norm takes in, and the modules whose code changes for it."""
+    takes = {}
+    for entry in entries:
+        norm, layer = entry._layer.module, entry._verdict.layer
+        activates = TARGETS[to].activates and "activates too" in entry.reason
+        occupied = getattr(norm, "activation", None) is not None or getattr(norm, "memory_efficient", False)
+        if layer is not None and not occupied and (taken := takes_in(layer, activates=activates)) is not None:
+            takes[id(norm)] = taken
+    found = find_fusions(model, takes)
+
+    def told(entry: Entry) -> Entry:
+        norm = id(entry._layer.module)
+        if norm not in takes:
+            return entry
+        what = f"takes in {found.took[norm]}" if norm in found.took else f"not fused: {found.why[norm]}"
+        return replace(entry, reason=f"{entry.reason}; {what}")
+
+    return [told(entry) for entry in entries], found.blocks
 
 
 def _entry(layer: Layer, verdict: Verdict) -> Entry:

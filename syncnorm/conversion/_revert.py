@@ -6,6 +6,7 @@ from torch import nn
 
 from syncnorm.conversion._adapters import LEFTOVERS
 from syncnorm.conversion._filters import plain_filters
+from syncnorm.conversion._fused_forward import unfuse
 from syncnorm.conversion._layers import SHARDED, class_names, find_layers, origin_of, qualified_type
 from syncnorm.conversion._plan import shorten
 from syncnorm.conversion._replace import like_tensor, put, restore_origin
@@ -62,6 +63,7 @@ def revert(model: nn.Module, *, dim: int | None = None) -> nn.Module:
         _mark_given_back(old, dim)
     for module in list(root.modules()):
         plain_filters(module)
+        unfuse(module)
         _revert_class(module, dim)
     return root
 

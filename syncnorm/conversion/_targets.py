@@ -80,6 +80,16 @@ class Target:
         """Of batch norm's own family: a layer is the same object with another class."""
         return issubclass(self.example, SyncStatistics)
 
+    @property
+    def fuses(self) -> bool:
+        """Whether the layer can take in an activation, or is one."""
+        return self.swaps or self.activates or "activation" in self.parameters
+
+    @property
+    def switches(self) -> tuple[str, ...]:
+        """Options of the conversion, which are on or off."""
+        return (*self.filters, *(("fuse",) if self.fuses else ()))
+
     def layer_for(self, module: nn.Module) -> type[nn.Module] | None:
         """The class that takes the place of ``module``; None if it depends on dims that ``module`` does not tell."""
         if not isinstance(self.layers, Mapping):
@@ -102,7 +112,7 @@ class Target:
         decided = {*BROUGHT, *_FUSED, *self.fixed} - {*self.own}
         taken = [name for name in self.parameters if name not in decided]
         affine = ("affine",) if {"affine", "elementwise_affine"} & set(self.parameters) else ()
-        return (*taken, *affine, *self.filters)
+        return (*taken, *affine, *self.switches)
 
     @property
     def required(self) -> tuple[str, ...]:
@@ -154,7 +164,7 @@ STATISTICS_FAMILIES = tuple(to for to, target in TARGETS.items() if target.swaps
 def default_of(to: str, option: str) -> Any:
     """What an option is unless it is given; for a choice that follows each layer, None."""
     target = TARGETS[to]
-    if option in target.filters:
+    if option in target.switches:
         return False
     return None if option == "affine" else target.defaults.get(option, target.parameters[option].default)
 
@@ -179,7 +189,7 @@ def check_options(to: str, options: dict[str, Any]) -> None:
             raise TypeError(f"to={to!r} needs {name}=n; see syncnorm.modules.{target.example.__name__}.")
     if options.get("affine") not in (None, True, False):
         raise TypeError(f"affine must be True, False or None (as each layer has it), got {options['affine']!r}.")
-    for name in target.filters:
+    for name in target.switches:
         if not isinstance(options.get(name, False), bool):
             raise TypeError(f"{name} must be True or False, got {options[name]!r}.")
     _check_values(target, {name: value for name, value in options.items() if name in target.parameters})

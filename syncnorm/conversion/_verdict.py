@@ -23,7 +23,8 @@ _STATE = {"weight", "bias", "running_mean", "running_var", "num_batches_tracked"
 class Verdict(NamedTuple):
     """What happens to a layer: ``swap``, ``replace``, ``keep`` or ``skip``; the name of its new class; and why.
 
-    Further, where it is replaced, the names of parameters and buffers that the new layer has, or has not, unlike the old.
+    Further, where it is replaced, the names of parameters and buffers that the new layer has, or has not, unlike the old;
+    and the class itself.
     """
 
     action: str
@@ -31,6 +32,7 @@ class Verdict(NamedTuple):
     reason: str
     new: tuple[str, ...] = ()
     dropped: tuple[str, ...] = ()
+    layer: type[nn.Module] | None = None
 
 
 def judge(layer: Layer, to: str, options: dict[str, Any]) -> Verdict:
@@ -44,7 +46,7 @@ def judge(layer: Layer, to: str, options: dict[str, Any]) -> Verdict:
             and origin.made == str(blueprint(origin.module, to, options))
             and not _regroups(module, options)
         ):
-            return Verdict("keep", kept, f"converted to {to} before")
+            return Verdict("keep", kept, f"converted to {to} before", layer=type(module))
         return Verdict("skip", kept, f"took the place of {type(origin.module).__name__}; syncnorm.revert(model) first")
     if isinstance(module, MixedStatistics):
         return Verdict("keep", kept, "no batch norm; shares its batch statistics over ranks by itself")
@@ -95,9 +97,11 @@ def _swap(module: nn.Module, to: str, options: dict[str, Any]) -> Verdict:
         news += [f"{name}={options[name]}" for name in others if _differs(module, name, options)]
         own = type(module).__name__
         return (
-            Verdict("swap", own, f"new settings: {', '.join(news)}")
+            Verdict("swap", own, f"new settings: {', '.join(news)}", layer=type(module))
             if news
-            else Verdict("keep", own, "synchronised already" if to == "sync_batch_norm" else "there already")
+            else Verdict(
+                "keep", own, f"{'synchronised' if to == 'sync_batch_norm' else 'there'} already", layer=type(module)
+            )
         )
     target = target_in_family(type(module), to)
     if target is None:
@@ -113,7 +117,7 @@ def _swap(module: nn.Module, to: str, options: dict[str, Any]) -> Verdict:
         reason = f"group {group_spec(own_group)}, as it had"
     remark = TARGETS[to].remark
     reason = f"{reason}; {remark}" if "process_group" in TARGETS[to].parameters and remark else remark or reason
-    return Verdict("swap", target.__name__, reason)
+    return Verdict("swap", target.__name__, reason, layer=target)
 
 
 def _differs(module: nn.Module, name: str, options: dict[str, Any]) -> bool:
@@ -150,9 +154,11 @@ def _replace(layer: Layer, to: str, options: dict[str, Any]) -> Verdict:
         _said([name for name in after if name in before], "carried over") or ("" if new else "without weight and bias"),
         _said(new, "new"),
         _said(dropped, "dropped"),
-        *_settings(module, made),
+        *_settings(module, made, options),
     ]
-    return Verdict("replace", str(made), "; ".join(part for part in parts if part), tuple(new), tuple(dropped))
+    return Verdict(
+        "replace", str(made), "; ".join(part for part in parts if part), tuple(new), tuple(dropped), made.layer
+    )
 
 
 def _tensors(module: nn.Module) -> list[str]:
@@ -182,7 +188,7 @@ def _coarser(made: Blueprint, options: dict[str, Any]) -> str:
     return ""
 
 
-def _settings(module: nn.Module, made: Blueprint) -> list[str]:
+def _settings(module: nn.Module, made: Blueprint, options: dict[str, Any]) -> list[str]:
     """What decides, apart from tensors, whether the network still does what it did."""
     target, said = TARGETS[made.target], []
     if "process_group" in target.parameters:
@@ -192,5 +198,5 @@ def _settings(module: nn.Module, made: Blueprint) -> list[str]:
     if "eps" in target.own and (eps := made.arguments.get("eps", default_of(made.target, "eps"))) != module.eps:
         said.append(f"eps={eps}, not {module.eps}")
     if target.activates and made.arguments.get("tlu", True):
-        said.append("activates too: remove the activation that follows")
+        said.append(f"activates too{'' if options.get('fuse') else ': remove the activation that follows'}")
     return said

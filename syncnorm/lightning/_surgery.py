@@ -16,6 +16,7 @@ from torch import nn
 
 from syncnorm.conversion import convert, plan
 from syncnorm.conversion._filters import plain_filters
+from syncnorm.conversion._fused_forward import unfuse
 from syncnorm.conversion._layers import Layer, display, find_layers
 from syncnorm.conversion._targets import STATISTICS_FAMILIES, TARGET_OPTIONS, check_options
 from syncnorm.distributed import group_spec, resolve
@@ -85,6 +86,7 @@ class Surgery:
         if changing or skipped - self._skipped:
             if self.keeps_keys:
                 self._undo += [_undo(entry._layer.module) for entry in changing]
+                self._undo += [partial(unfuse, block.module) for block in made._blocks]
             with _warnings_on_rank_zero():
                 convert(model, self.to, **selection, **self._given())
             self._converted.update((entry.source, entry.target.partition("(")[0]) for entry in changing)
