@@ -1,7 +1,7 @@
 """Ranks agree, within the one row that they exchange, that they are at the same place: layer, direction, call, shape, dtype.
 
 A rank's place is hashed to two 16-bit words h, and the row carries Σh and Σh²: all R ranks agree exactly if R·Σh² = (Σh)².
-Only where they do not, a second exchange of fixed size gathers who is where, and every rank raises. All rows of a group have
+Only where they do not, they tell each other through the store who is where, and every rank raises. All rows of a group have
 one width, so that rows of two layers never meet with two lengths: gloo ends a healthy process there, or leaves stale bytes.
 """
 
@@ -10,7 +10,6 @@ one width, so that rows of two layers never meet with two lengths: gloo ends a h
 import os
 import zlib
 from collections import deque
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
@@ -19,8 +18,9 @@ from torch import Tensor
 from torch.nn import Module
 
 from syncnorm._version import __version__
-from syncnorm.distributed.collectives import all_gather, find_group, group_device, group_ranks
+from syncnorm.distributed.collectives import find_group
 from syncnorm.distributed.groups import Group
+from syncnorm.distributed.notes import gather_notes
 from syncnorm.distributed.watch import is_watching, sum_watched
 from syncnorm.distributed.wire import sum_row
 from syncnorm.errors import SyncNormMismatch
@@ -39,7 +39,6 @@ _DISMISSED = -1.0  # in place of a length: those who stand in need not any longe
 _FIRST_WIDTH = 256
 _LARGEST_WIDTH = 4224  # 2·2048 + 1 and the words, in steps of 128
 _STEP = 128
-_SHOWN_BYTES = 256
 
 _level: str | None = None
 
@@ -91,6 +90,11 @@ class Call:
         """Where this rank is, for an error."""
         what = f"{self.layer} call {self.turn}" if self.layer else "a call of a function"
         return f"{what} {direction} C={self.channels} {str(self.dtype).removeprefix('torch.')}"
+
+    def more(self, words: int) -> str:
+        """What else ranks compare, for an error where their places look alike."""
+        parts = [self.settings, f"a row of {words} words", f"after {self.number} exchanges", f"syncnorm {__version__}"]
+        return ", ".join(part for part in parts if part)
 
 
 class _Ledger:
@@ -177,7 +181,7 @@ def sum_agreed(row: Tensor, group: Group, call: Call | None, direction: str, wor
         total = _sum(_pack(row if fits else row[:0], width, words), group, place)
         ledger.exchanges += 1
         if _on_host(total):
-            _compare(total.numpy()[-_WORDS:].tolist(), group, call, direction, word, ledger.exchanges)
+            _compare(total.numpy()[-_WORDS:].tolist(), group, call, direction, word, ledger.exchanges, n)
         else:
             _compare_later(total[-_WORDS:], group, call.place(direction), ledger)
         if fits:
@@ -202,7 +206,7 @@ def stand_in(group: Group, device: torch.device) -> bool:
         return False
     if answer.differ or answer.refused or answer.with_backward not in (0, answer.ranks):
         if device.type == "cpu":
-            _gather_places(group, place, _STAND_IN)  # the others gather
+            gather_notes(group, place, _STAND_IN)  # the others gather
         return False
     n = answer.length
     if not ledger.fits(n) and not ledger.grow(n):
@@ -276,18 +280,22 @@ def _pack(row: Tensor, width: int, words: tuple[float, ...]) -> Tensor:
     return torch.cat([row, row.new_zeros(width - row.numel() - _WORDS), tail])
 
 
-def _compare(words: list[float], group: Group, call: Call, direction: str, word: float, exchange: int) -> None:
+def _compare(
+    words: list[float], group: Group, call: Call, direction: str, word: float, exchange: int, length: int
+) -> None:
     size, (total, _, low, low_squares, high, high_squares) = group.size, words
     if total in (0.0, size) and size * low_squares == low * low and size * high_squares == high * high:
         return  # what happens; the rest has time
     answer, place = _Answer.read(words, group), call.place(direction)
     if answer.differ and not answer.refused:  # a refusal explains more than where the others were
-        _raise_places(group, place, word, exchange)
+        _raise_places(group, place, call.more(length), word, exchange)
     _check_word(answer, group, word, place)
 
 
-def _raise_places(group: Group, place: str, word: float, exchange: int) -> None:
-    places, _ = _gather_places(group, place, word)
+def _raise_places(group: Group, place: str, more: str, word: float, exchange: int) -> None:
+    notes = gather_notes(group, place, word, more)
+    alike = len({note.place for note in notes.values()}) == 1
+    places = {rank: f"{note.place} ({note.more})" if alike else note.place for rank, note in notes.items()}
     where = "; ".join(f"ranks {ranks} in {shown}" for shown, ranks in _by_place(places).items())
     raise SyncNormMismatch(
         f"exchange #{exchange}: ranks are in different places: {where}. All ranks must run the same synchronised "
@@ -299,35 +307,21 @@ def _raise_places(group: Group, place: str, word: float, exchange: int) -> None:
 def _check_word(answer: _Answer, group: Group, word: float, place: str | None) -> None:
     if not answer.refused and answer.with_backward in (0, answer.ranks):
         return
-    flags = {} if place is None else _gather_places(group, place, word)[1]
+    notes = {} if place is None else gather_notes(group, place, word)
 
-    def named(flag: int) -> str:
-        return f" (ranks {[rank for rank, f in flags.items() if f == flag]}, at {place})" if flags else ""
+    def named(word: float) -> str:
+        return f" (ranks {[rank for rank, note in notes.items() if note.word == word]}, at {place})" if notes else ""
 
     if answer.refused:
         raise SyncNormMismatch(
-            f"{answer.refused} of {group.size} ranks refused their input to this call{named(2)} and raised an error of their "
-            "own; look there for the cause. Nothing was changed on this rank."
+            f"{answer.refused} of {group.size} ranks refused their input to this call{named(POISON)} and raised an error of "
+            "their own; look there for the cause. Nothing was changed on this rank."
         )
     raise SyncNormMismatch(
         f"{answer.with_backward} of {group.size} ranks need a backward pass through this call{named(1)} and the others do not "
         f"(this rank {'does' if word else 'does not'}). All ranks must agree on requires_grad of the input and the affine "
         "parameters, and on torch.no_grad(), or the backward exchange would wait forever."
     )
-
-
-def _gather_places(group: Group, place: str, word: float) -> tuple[dict[int, str], dict[int, int]]:
-    """Of each global rank its place, as text that is only ever shown, and its word: 0, 1, 2 for POISON, 3 for a stand-in."""
-    text = place.encode()[: _SHOWN_BYTES - 1].ljust(_SHOWN_BYTES - 1)
-    own = bytes([{POISON: 2, _STAND_IN: 3}.get(word, int(word))]) + text
-    mine = torch.frombuffer(bytearray(own), dtype=torch.uint8).to(group_device(group.name))
-    rows: Sequence[list[int]] = all_gather(mine, group.name).cpu().tolist()
-    places, flags = {}, {}
-    for rank, row in zip(group_ranks(group.name), rows, strict=True):
-        shown = bytes(row[1:]).decode(errors="replace").rstrip()
-        places[rank] = "".join(c if c.isprintable() else "?" for c in shown)
-        flags[rank] = row[0]
-    return places, flags
 
 
 def _by_place(places: dict[int, str]) -> dict[str, list[int]]:

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from syncnorm.distributed.collectives import begin_all_reduce, find_group, group_ranks, group_store
 from syncnorm.distributed.groups import Group
+from syncnorm.distributed.notes import printable
 from syncnorm.errors import SyncNormError, SyncNormPeerLost, SyncNormTimeout
 
 __all__ = ["is_watching", "set_watch", "sum_watched"]
@@ -181,7 +182,7 @@ class _Post:
     def _listen(self) -> None:
         if self.store.check(["failure"]):
             kind, text = json.loads(bytes(self.store.get("failure")))
-            self.told, self.told_kind = _printable(str(text), 4000), str(kind)
+            self.told, self.told_kind = printable(text, 4000), str(kind)
 
     def _records(self) -> dict[int, dict[str, Any]]:
         try:
@@ -233,14 +234,10 @@ def find_group_or_none(name: str) -> Any:
 
 
 def _where(record: dict[str, Any]) -> str:
-    place = _printable(str(record.get("place", "")), _SHOWN)
+    place = printable(record.get("place", ""), _SHOWN)
     if not place:
         return "has met nobody"
     return f"in {place}" if record.get("inside") else f"after {place}"
-
-
-def _printable(text: str, length: int) -> str:
-    return "".join(c if c.isprintable() else "?" for c in text[:length])
 
 
 def _host() -> str:
