@@ -39,8 +39,9 @@ def _world() -> Group:
 
 def _segment(group: Group) -> shm.Segment:
     ways = _ways[dist.distributed_c10d._resolve_process_group(group.name)]
-    assert ways["cpu"].segment is not None
-    return ways["cpu"].segment
+    carrier = ways["cpu"].carrier
+    assert isinstance(carrier, shm.Segment)
+    return carrier
 
 
 # ------------------------------------------------------------------------------------------------------------- the sums

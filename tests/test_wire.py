@@ -14,7 +14,8 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 import syncnorm
 from syncnorm.distributed import GroupSpec, resolve
 from syncnorm.distributed.wire import describe, handshake, set_exchange, shm, sum_row
-from syncnorm.distributed.wire.handshake import Facts, crowded, decide
+from syncnorm.distributed.wire.crowding import crowded
+from syncnorm.distributed.wire.handshake import Facts, decide
 from syncnorm.errors import SyncNormError, SyncNormTimeout
 from syncnorm.kernels import native
 from syncnorm.kernels.native import _build
@@ -34,25 +35,29 @@ def _facts(
 
 
 @pytest.mark.parametrize(
-    ("told", "device", "way", "why"),
+    ("told", "way", "why"),
     [
-        ([_facts(), _facts()], "cpu", "shm", "2 ranks share memory on one host"),
-        ([_facts(), _facts()], "cuda", "collective", "shm: it serves rows on CPU, these are on cuda."),
-        ([_facts(), _facts(host="b")], "cpu", "collective", "shm: ranks 4 and 7 are on different hosts."),
-        ([_facts(), _facts(objection="no.")], "cpu", "collective", "shm: rank 7: no."),
-        ([_facts("shm"), _facts("shm", objection="no.")], "cpu", "refused", "shm: rank 7: no."),
-        ([_facts("collective"), _facts("collective")], "cpu", "collective", "asked for by name"),
+        ([_facts(), _facts()], "shm", "2 ranks share memory on one host"),
+        ([_facts("symmetric")] * 2, "symmetric", "asked for by name"),
+        (
+            [_facts("symmetric"), _facts("symmetric", host="b")],
+            "refused",
+            "symmetric: ranks 4 and 7 are on different hosts.",
+        ),
+        ([_facts(), _facts(host="b")], "collective", "shm: ranks 4 and 7 are on different hosts."),
+        ([_facts(), _facts(objection="no.")], "collective", "shm: rank 7: no."),
+        ([_facts("shm"), _facts("shm", objection="no.")], "refused", "shm: rank 7: no."),
+        ([_facts("collective"), _facts("collective")], "collective", "asked for by name"),
         (
             [_facts("auto"), _facts("shm")],
-            "cpu",
             "mismatch",
             "ranks of one group were asked for different exchanges: 'auto' on rank 4, 'shm' on rank 7. Set the same on all "
             "of them (syncnorm.set_exchange, SYNCNORM_EXCHANGE).",
         ),
     ],
 )
-def test_the_decision(told: list[Facts], device: str, way: str, why: str) -> None:
-    assert decide(told, [4, 7], device) == (way, why)
+def test_the_decision(told: list[Facts], way: str, why: str) -> None:
+    assert decide(told, [4, 7]) == (way, why)
 
 
 def test_threads_are_counted_by_host_against_the_cores_of_all_its_ranks() -> None:
@@ -66,9 +71,13 @@ def test_threads_are_counted_by_host_against_the_cores_of_all_its_ranks() -> Non
 
 @pytest.mark.gloo
 def test_an_unknown_name_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"set_exchange takes one of \['auto', 'collective', 'shm'\], got 'nvlink'"):
+    with pytest.raises(
+        ValueError, match=r"set_exchange takes one of \['auto', 'collective', 'shm', 'symmetric'\], got 'nvlink'"
+    ):
         set_exchange("nvlink")  # type: ignore[arg-type]
-    with pytest.raises(RankError, match=r"SYNCNORM_EXCHANGE is one of \['auto', 'collective', 'shm'\], got 'gloo'"):
+    with pytest.raises(
+        RankError, match=r"SYNCNORM_EXCHANGE is one of \['auto', 'collective', 'shm', 'symmetric'\], got 'gloo'"
+    ):
         run_ranks(_sum_under, 2, {"SYNCNORM_EXCHANGE": "gloo"})
 
 
@@ -126,7 +135,7 @@ def _no_operators() -> None:
 
 def _another_host() -> None:
     mine = handshake.facts
-    handshake.facts = lambda asked: mine(asked)._replace(host="elsewhere", objection=None)
+    handshake.facts = lambda *asked: mine(*asked)._replace(host="elsewhere", objection=None)
 
 
 def _out_of_reach() -> None:

@@ -7,6 +7,7 @@ from typing import Any
 import torch.distributed as dist
 
 from syncnorm.distributed.wire.shm import Segment
+from syncnorm.distributed.wire.symmetric import Symmetric
 
 __all__ = ["count_collectives"]
 
@@ -24,14 +25,14 @@ _WATCHED = (
 def count_collectives() -> Iterator[dict[str, int]]:
     """Count the calls of ``torch.distributed`` collectives made from Python within the block.
 
-    A sum over shared memory is an all-reduce, too, and counted as one. DDP's own gradient buckets are reduced in C++ and
-    are not counted.
+    A sum over shared or symmetric memory is an all-reduce, too, and counted as one. DDP's own gradient buckets are
+    reduced in C++ and are not counted.
 
     Yields:
         Calls by name, filled while the block runs.
     """
     counts: dict[str, int] = {}
-    watched = [(dist, name, name) for name in _WATCHED] + [(Segment, "sum", "all_reduce")]
+    watched = [(dist, name, name) for name in _WATCHED] + [(way, "sum", "all_reduce") for way in (Segment, Symmetric)]
     originals = [(home, name, getattr(home, name)) for home, name, _ in watched]
 
     def counting(label: str, original: Any) -> Any:

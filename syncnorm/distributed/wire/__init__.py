@@ -15,13 +15,12 @@ from torch import Tensor
 from syncnorm.core.traced import constant_while_traced
 from syncnorm.distributed.collectives import all_reduce_sum, find_group, group_backend
 from syncnorm.distributed.groups import Group
-from syncnorm.distributed.wire import shm
-from syncnorm.distributed.wire.handshake import Way, agree
+from syncnorm.distributed.wire.handshake import Way, agree, own_objection
 from syncnorm.errors import SyncNormError
 
 __all__ = ["Exchange", "describe", "set_exchange", "sum_row"]
 
-Exchange = Literal["auto", "collective", "shm"]
+Exchange = Literal["auto", "collective", "shm", "symmetric"]
 
 
 class _Ways(dict[str, Way]):
@@ -45,7 +44,8 @@ def set_exchange(name: Exchange | None) -> Exchange | None:
 
     Args:
         name: ``"collective"``: torch's all-reduce (gloo, NCCL). ``"shm"``: memory shared by the ranks of one host, for
-            rows on CPU; an error on all ranks where that is impossible. ``"auto"``: shared memory where all ranks of a
+            rows on CPU. ``"symmetric"``: memory that GPUs of one host lend each other over NVLink, for rows on CUDA. Either
+            is an error on all ranks where it is impossible. ``"auto"``: shared memory where all ranks of a
             group have proven it, else the collective. None: what the environment says, ``"auto"`` without it.
 
     Returns:
@@ -77,7 +77,8 @@ def sum_row(row: Tensor, group: Group) -> Tensor:
         Tensor like ``row``, bit for bit the same on all ranks.
 
     Raises:
-        SyncNormError: See :func:`.handshake.agree`, at the first row of a group, and :meth:`.shm.Segment.sum`.
+        SyncNormError: See :func:`.handshake.agree`, at the first row of a group, and :meth:`.shm.Segment.sum`
+            and :meth:`.symmetric.Symmetric.sum`.
     """
     if torch.compiler.is_compiling():
         if _traced_way(group.name, row.device.type) == "collective":
@@ -85,8 +86,8 @@ def sum_row(row: Tensor, group: Group) -> Tensor:
         row = row.clone()
         torch.ops.syncnorm.all_reduce_sum(row, group.name)
         return row
-    segment = _way(group.name, row.device.type).segment
-    return all_reduce_sum(row, group.name) if segment is None else segment.sum(row)
+    carrier = _way(group.name, row.device.type).carrier
+    return all_reduce_sum(row, group.name) if carrier is None else carrier.sum(row)
 
 
 def describe(name: str, device_type: str) -> str:
@@ -98,8 +99,8 @@ def describe(name: str, device_type: str) -> str:
     backend = group_backend(name, device_type)
     if asked == "collective" or backend not in _AGREE:
         return f"collective ({backend})"
-    mine = shm.objection() if device_type == "cpu" else f"it serves rows on CPU, these are on {device_type}."
-    here = f"this rank objects to shm: {mine}" if mine else "this rank could use shm"
+    mine, wanted = own_objection(asked, device_type), "symmetric" if asked == "symmetric" else "shm"
+    here = f"this rank objects to {wanted}: {mine}" if mine else f"this rank could use {wanted}"
     return f"{asked!r} of {list(get_args(Exchange))}, agreed at the first exchange; {here}"
 
 
@@ -125,8 +126,8 @@ def _new_way(name: str, device_type: str) -> Way:
     asked, backend = _setting(), group_backend(name, device_type)
     if backend in _AGREE:
         return agree(name, device_type, asked)
-    if asked == "shm":
-        raise SyncNormError(f'the exchange "shm" was asked for by name and is not made for groups of {backend!r}.')
+    if asked in ("shm", "symmetric"):
+        raise SyncNormError(f'the exchange "{asked}" was asked for by name and is not made for groups of {backend!r}.')
     return Way("collective", f"groups of {backend!r} have nothing else")
 
 

@@ -5,22 +5,21 @@ every rank follows, errors included. So no rank chooses by itself, and a choice 
 rank that is being compiled could issue out of turn.
 """
 
-import json
 import os
-import time
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 
 from syncnorm.distributed.collectives import group_ranks, group_store, group_timeout
-from syncnorm.distributed.wire import shm
+from syncnorm.distributed.wire import shm, symmetric
+from syncnorm.distributed.wire.board import Board
+from syncnorm.distributed.wire.crowding import crowded, own_cores, warn
 from syncnorm.errors import SyncNormError, SyncNormMismatch, SyncNormTimeout
 
-__all__ = ["Facts", "Way", "agree", "crowded", "decide", "facts"]
+__all__ = ["Facts", "Way", "agree", "decide", "facts", "own_objection"]
 
 
 class Facts(NamedTuple):
@@ -32,7 +31,7 @@ class Facts(NamedTuple):
         process: Its process number and start.
         threads: Threads that torch uses in it.
         cores: The cores it may run on, as a hexadecimal mask.
-        objection: Why it cannot share memory; None if it can.
+        objection: Why it cannot have what was asked for, or shared memory if nothing was; None if it can.
     """
 
     asked: str
@@ -47,28 +46,39 @@ class Way(NamedTuple):
     """What was agreed.
 
     Attributes:
-        name: ``"collective"`` or ``"shm"``.
+        name: ``"collective"``, ``"shm"`` or ``"symmetric"``.
         why: The reason, in words.
-        segment: The shared memory, for ``"shm"``.
+        carrier: What carries the rows, unless it is the collective.
     """
 
     name: str
     why: str
-    segment: shm.Segment | None = None
+    carrier: shm.Segment | symmetric.Symmetric | None = None
 
 
-def facts(asked: str) -> Facts:
-    """The facts of this rank."""
+def facts(asked: str, device_type: str) -> Facts:
+    """The facts of this rank, for rows on a type of device."""
+    objection = own_objection(asked, device_type)
+    return Facts(asked, _host(), shm.this_process(), torch.get_num_threads(), own_cores(), objection)
+
+
+def own_objection(asked: str, device_type: str) -> str | None:
+    """Why this rank cannot have what it was asked for, or shared memory if nothing was; None if it can."""
+    home = "cuda" if asked == "symmetric" else "cpu"
+    if device_type != home:
+        return f"it serves rows on {home}, these are on {device_type}."
+    if not _host():
+        return "this system has no boot id to tell hosts apart."
+    return symmetric.objection() if asked == "symmetric" else shm.objection()
+
+
+def _host() -> str:
     boot_id = Path("/proc/sys/kernel/random/boot_id")
-    host = boot_id.read_text().strip() if boot_id.exists() else ""
-    cores = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)
-    mask = sum(1 << core for core in cores)
-    objection = shm.objection() if host else "this system has no boot id to tell hosts apart."
-    return Facts(asked, host, shm.this_process(), torch.get_num_threads(), f"{mask:x}", objection)
+    return boot_id.read_text().strip() if boot_id.exists() else ""
 
 
-def decide(told: Sequence[Facts], members: Sequence[int], device_type: str) -> tuple[str, str]:
-    """The way for these ranks, and the reason: ``"collective"``, ``"shm"``, or ``"mismatch"``, ``"refused"``: errors."""
+def decide(told: Sequence[Facts], members: Sequence[int]) -> tuple[str, str]:
+    """The way for these ranks (``"mismatch"`` and ``"refused"`` are errors), and the reason."""
     asked = {rank: fact.asked for rank, fact in zip(members, told, strict=True)}
     if len(set(asked.values())) > 1:
         first = {value: rank for rank, value in reversed(asked.items())}
@@ -79,34 +89,25 @@ def decide(told: Sequence[Facts], members: Sequence[int], device_type: str) -> t
         )
     if told[0].asked == "collective":
         return "collective", "asked for by name"
-    why_not = _objection(told, members, device_type)
+    wanted = "symmetric" if told[0].asked == "symmetric" else "shm"
+    why_not = _objection(told, members)
     if why_not is None:
-        return "shm", f"{len(told)} ranks share memory on one host"
-    return ("refused" if told[0].asked == "shm" else "collective"), f"shm: {why_not}"
+        return wanted, f"{len(told)} ranks share memory on one host" if wanted == "shm" else "asked for by name"
+    return _without(told, f"{wanted}: {why_not}")
 
 
-def _objection(told: Sequence[Facts], members: Sequence[int], device_type: str) -> str | None:
-    if device_type != "cpu":
-        return f"it serves rows on CPU, these are on {device_type}."
+def _without(told: Sequence[Facts], why: str) -> tuple[str, str]:
+    """What becomes of ranks that cannot have what they want."""
+    return ("collective" if told[0].asked == "auto" else "refused"), why
+
+
+def _objection(told: Sequence[Facts], members: Sequence[int]) -> str | None:
     for rank, fact in zip(members, told, strict=True):
         if fact.objection is not None:
             return f"rank {rank}: {fact.objection}"
         if fact.host != told[0].host:
             return f"ranks {members[0]} and {rank} are on different hosts."
     return None
-
-
-def crowded(told: Sequence[Facts]) -> dict[int, tuple[int, int, int]]:
-    """Hosts whose ranks use more threads than they have cores: by place of their first rank, ranks, threads and cores."""
-    found = {}
-    for host in {fact.host for fact in told}:
-        places = [place for place, fact in enumerate(told) if fact.host == host]
-        threads, cores = sum(told[place].threads for place in places), 0
-        for place in places:
-            cores |= int(told[place].cores, 16)
-        if threads > cores.bit_count():
-            found[places[0]] = len(places), threads, cores.bit_count()
-    return found
 
 
 def agree(name: str, device_type: str, asked: str) -> Way:
@@ -122,11 +123,12 @@ def agree(name: str, device_type: str, asked: str) -> Way:
     limit = group_timeout(name, device_type).total_seconds()
     store = dist.PrefixStore(device_type, group_store(name))
     # Numbered, for a group that is made again has the same name and may have the same store.
-    board = _Board(dist.PrefixStore(str(store.add(f"made/{place}", 1)), store), members, limit)
-    board.post(f"facts/{place}", facts(asked))
-    verdict, shared = _lead(board, device_type) if place == 0 else _follow(board, place)
+    board = Board(dist.PrefixStore(str(store.add(f"made/{place}", 1)), store), place, members, limit)
+    board.post(f"facts/{place}", facts(asked, device_type))
+    attempt = _Attempt(name, place, members, limit)
+    verdict = _lead(board, attempt) if place == 0 else _follow(board, attempt)
     if str(place) in verdict["crowded"]:
-        _warn(*verdict["crowded"][str(place)])
+        warn(*verdict["crowded"][str(place)])
     way, why = verdict["way"], verdict["why"]
     if way == "mismatch":
         raise SyncNormMismatch(why)
@@ -134,107 +136,96 @@ def agree(name: str, device_type: str, asked: str) -> Way:
         raise SyncNormTimeout(why)
     if way == "refused":
         raise SyncNormError(
-            f'the exchange "shm" was asked for by name and is impossible here: {why} Use "auto" or "collective" '
+            f'the exchange "{asked}" was asked for by name and is impossible here: {why} Use "auto" or "collective" '
             "(syncnorm.set_exchange, SYNCNORM_EXCHANGE)."
         )
-    if way == "collective":
-        return Way(way, why)
-    assert shared is not None
-    processes = [(int(pid), str(started)) for pid, started in verdict["processes"]]
-    return Way(way, why, shm.Segment(shared, place, members, processes, limit))
+    return Way(way, why, attempt.carrier([(int(pid), str(started)) for pid, started in verdict["processes"]], way))
 
 
-def _lead(board: "_Board", device_type: str) -> tuple[dict[str, Any], shm.Shared | None]:
-    """Decide for all. If they may share memory, offer some, and let each show that it has it before that is the verdict."""
+class _Attempt:
+    """One rank's side of trying whether the memory of a way is really one memory for all."""
+
+    def __init__(self, name: str, place: int, members: tuple[int, ...], limit: float) -> None:
+        self._name, self._place, self._members, self._limit = name, place, members, limit
+        self._shared: shm.Shared | None = None
+        self._symmetric: symmetric.Symmetric | None = None
+        self._fd = -1
+
+    def offer(self, way: str) -> list[Any]:
+        """What the first rank tells the others, to come to the same memory."""
+        if way == "symmetric":
+            return [way]
+        self._fd, file, self._shared = shm.create(len(self._members))
+        self._shared.probe(self._place)
+        return [way, os.getpid(), self._fd, file]
+
+    def join(self, way: str, *where: Any) -> str | None:
+        """Come to what was offered; what failed, in words."""
+        try:
+            if way == "symmetric":
+                self._symmetric = symmetric.join(self._name, self._place, self._members, self._limit)
+            elif self._shared is None:
+                pid, fd, file = where
+                self._shared = shm.attach(pid, fd, file, len(self._members))
+                self._shared.probe(self._place)
+        except (OSError, RuntimeError) as error:
+            return str(error)
+        return None
+
+    def close(self) -> list[int]:
+        """When all have come: places of ranks that have left no mark."""
+        if self._fd >= 0:
+            os.close(self._fd)
+        return [] if self._shared is None else self._shared.unproven()
+
+    def carrier(self, processes: list[shm.Process], way: str) -> shm.Segment | symmetric.Symmetric | None:
+        """What carries the rows from now on."""
+        if way == "shm":
+            assert self._shared is not None
+            return shm.Segment(self._shared, self._place, self._members, processes, self._limit)
+        return self._symmetric if way == "symmetric" else None
+
+
+def _lead(board: Board, attempt: _Attempt) -> dict[str, Any]:
+    """Decide for all. What needs memory in common is first tried by all, and is the verdict only if it held."""
     members, told = board.members, []
-    shared, fd = None, -1
+    offered = False
     try:
         told = [Facts(*fact) for fact in board.read([f"facts/{place}" for place in range(len(members))])]
-        way, why = decide(told, members, device_type)
-        if way == "shm":
-            fd, file, shared = shm.create(len(members))
-            shared.probe(0)
-            board.post("offer", [os.getpid(), fd, file])
-            failed = board.read([f"attached/{place}" for place in range(1, len(members))])
-            reasons = [f"rank {rank}: {reason}." for rank, reason in zip(members[1:], failed, strict=True) if reason]
-            reasons += [f"what rank {members[place]} wrote did not arrive." for place in shared.unproven()]
+        way, why = decide(told, members)
+        if way in ("shm", "symmetric"):
+            wanted = way
+            try:
+                offer = attempt.offer(way)
+                board.post("offer", offer)
+                offered = True
+                board.post("joined/0", attempt.join(*offer))
+                failed = board.read([f"joined/{place}" for place in range(len(members))])
+                reasons = [f"rank {rank}: {reason}." for rank, reason in zip(members, failed, strict=True) if reason]
+            finally:
+                unproven = attempt.close()
+            reasons += [f"what rank {members[place]} wrote did not arrive." for place in unproven]
             if reasons:
-                way, why = ("refused" if told[0].asked == "shm" else "collective"), f"shm: {reasons[0]}"
+                way, why = _without(told, f"{wanted}: {reasons[0]}")
     except SyncNormTimeout as late:
         way, why = "late", str(late)
     except OSError as error:
-        way, why = ("refused" if told[0].asked == "shm" else "collective"), f"shm: rank {members[0]}: {error}."
-    finally:
-        if fd >= 0:
-            os.close(fd)  # whoever wanted it has mapped it
-    if shared is None:
+        way, why = _without(told, f"shm: rank {members[0]}: {error}.")
+    if not offered:
         board.post("offer", None)
-    processes = [fact.process for fact in told] if way == "shm" else []
-    verdict = {"way": way, "why": why, "processes": processes, "crowded": crowded(told)}
+    verdict = {
+        "way": way,
+        "why": why,
+        "processes": [fact.process for fact in told] if way == "shm" else [],
+        "crowded": {str(place): host for place, host in crowded(told).items()},
+    }
     board.post("verdict", verdict)
-    verdict["crowded"] = {str(place): host for place, host in crowded(told).items()}  # as it reads to the others
-    return verdict, shared
+    return verdict
 
 
-def _follow(board: "_Board", place: int) -> tuple[dict[str, Any], shm.Shared | None]:
-    shared = None
+def _follow(board: Board, attempt: _Attempt) -> dict[str, Any]:
     (offer,) = board.read(["offer"])
     if offer is not None:
-        failure = None
-        try:
-            pid, fd, file = offer
-            shared = shm.attach(pid, fd, file, len(board.members))
-            shared.probe(place)
-        except OSError as error:
-            failure = str(error)
-        board.post(f"attached/{place}", failure)
+        board.post(f"joined/{board.place}", attempt.join(*offer))
     (verdict,) = board.read(["verdict"])
-    return verdict, shared
-
-
-class _Board:
-    """Notes of the ranks to each other. Polled: a blocking read would keep the store from other threads of this process."""
-
-    def __init__(self, store: dist.Store, members: tuple[int, ...], limit: float) -> None:
-        self._store, self.members, self._limit = store, members, limit
-        self._deadline = time.monotonic() + limit
-
-    def post(self, key: str, value: Any) -> None:
-        self._store.set(key, json.dumps(value))
-
-    def read(self, keys: list[str]) -> list[Any]:
-        pause = 0.0002
-        while not self._store.check(keys):
-            if time.monotonic() > self._deadline:
-                self._raise_late()
-            time.sleep(pause)
-            pause = min(1.5 * pause, 0.02)
-        return [json.loads(self._store.get(key)) for key in keys]
-
-    def _raise_late(self) -> NoReturn:
-        missing = [rank for place, rank in enumerate(self.members) if not self._store.check([f"facts/{place}"])]
-        who = (
-            f"ranks {missing} did not come" if missing else f"rank {self.members[0]} or its answer did not come in time"
-        )
-        raise SyncNormTimeout(
-            f"{who} to the first exchange of the process group of ranks {list(self.members)} within {self._limit:g} s, its "
-            "time limit. All ranks of a group run its synchronised layers, in the same order."
-        )
-
-
-_warned = False
-
-
-def _warn(ranks: int, threads: int, cores: int) -> None:
-    global _warned
-    if _warned:
-        return
-    _warned = True
-    advice = [f"set OMP_NUM_THREADS={max(1, cores // ranks)}"] * (threads > ranks) + ["start fewer ranks"] * (
-        ranks > cores
-    )
-    warnings.warn(
-        f"{ranks} ranks with {threads} threads in all share {cores} cores of this host; threads then wait for a core, and "
-        f"each small layer costs milliseconds. To mend it, {' and '.join(advice)}.",
-        stacklevel=2,
-    )
+    return dict(verdict)
