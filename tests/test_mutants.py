@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 import syncnorm
 from syncnorm.core.moments import Moments, from_sums, to_sums
+from syncnorm.core.running import RunningStatistics
 from syncnorm.distributed import exchange
 from syncnorm.distributed.groups import Group
 from syncnorm.functional import _batch_backward, _batch_normalize
@@ -41,7 +42,7 @@ def _no_between_rank_term() -> None:
 
 
 def _no_backward_exchange() -> None:
-    def local(sums: Tensor, group: Group) -> Tensor:
+    def local(sums: Tensor, group: Group, *_: Any) -> Tensor:
         return sums
 
     _batch_backward.exchange_sums = local
@@ -62,14 +63,19 @@ def _no_exchange() -> None:
 
 
 def _biased_running_var() -> None:
-    Moments.unbiased_var = Moments.var  # type: ignore[method-assign]
+    real = _batch_normalize.update_running
+
+    def biased(running: RunningStatistics, batch: Moments) -> None:
+        real(running, batch._replace(m2=batch.m2 * (batch.count - 1) / batch.count))
+
+    _batch_normalize.update_running = biased
 
 
 def _local_count_in_backward() -> None:
     real = _batch_backward.exchange_sums
 
-    def too_large(sums: Tensor, group: Group) -> Tensor:
-        return real(sums, group) * group.size  # as if divided by this rank's share of the count
+    def too_large(sums: Tensor, group: Group, *rest: Any) -> Tensor:
+        return real(sums, group, *rest) * group.size  # as if divided by this rank's share of the count
 
     _batch_backward.exchange_sums = too_large
 

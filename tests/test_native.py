@@ -104,7 +104,7 @@ def test_empty_tensors_have_empty_results() -> None:
     for x in (torch.empty(0, 3, 20), torch.empty(4, 3, 0), torch.empty(0, 3), torch.empty(4, 0)):
         vector = torch.ones(x.size(1), dtype=torch.float64)
         affine = vector, vector, None, None
-        assert torch.equal(ops.batch_moments(x), torch.zeros(2, x.size(1), dtype=torch.float64))
+        assert all(torch.equal(t, torch.zeros(x.size(1), dtype=torch.float64)) for t in ops.batch_moments(x))
         assert torch.equal(ops.batch_normalize(x, *affine, RELU, 0.0, None), x)
         assert torch.equal(ops.batch_backward_reduce(x, x, *affine, 0, 0.0, None), torch.zeros(2, x.size(1)).double())
         y, mask = ops.batch_normalize_masked(x, *affine, RELU, 0.0, x)
@@ -126,7 +126,7 @@ def test_results_do_not_depend_on_the_number_of_threads() -> None:
                 affine = vector, vector, None, None
                 y, mask = ops.batch_normalize_masked(f, *affine, RELU, 0.0, f)
                 sums = ops.batch_backward_reduce(f, f, *affine, RELU, 0.0, mask)
-                outcomes.append((ops.batch_moments(f), y, mask, sums))
+                outcomes.append((*ops.batch_moments(f), y, mask, sums))
     finally:
         torch.set_num_threads(before)
     for one, two in zip(outcomes[:2], outcomes[2:], strict=True):

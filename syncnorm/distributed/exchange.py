@@ -11,10 +11,11 @@ from contextlib import suppress
 import torch
 from torch import Tensor
 
-from syncnorm.core.moments import Moments, from_sums, to_sums
+from syncnorm.core.moments import Moments
 from syncnorm.distributed.agreement import POISON, Call, sum_agreed
 from syncnorm.distributed.groups import Group
 from syncnorm.errors import SyncNormMismatch
+from syncnorm.kernels.vectors import from_sums, to_sums
 
 __all__ = ["exchange_moments", "exchange_row", "exchange_sums", "send_poison"]
 

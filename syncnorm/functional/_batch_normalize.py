@@ -14,7 +14,7 @@ from torch.autograd import Function
 from syncnorm.core.layout import count_per_channel, flatten, flatten_like, unflatten
 from syncnorm.core.moments import Moments
 from syncnorm.core.renorm import correct_affine, renorm_correction
-from syncnorm.core.running import RunningStatistics, update_running
+from syncnorm.core.running import RunningStatistics
 from syncnorm.distributed.agreement import begin_call
 from syncnorm.distributed.exchange import exchange_moments
 from syncnorm.errors import SyncNormError
@@ -29,6 +29,7 @@ from syncnorm.functional._nonfinite import refuse_nonfinite
 from syncnorm.functional._one_value import ONE_VALUE, refuse_one_value
 from syncnorm.functional._walk import Walk, apply_function, empty_after, moments_of_none
 from syncnorm.kernels import choose
+from syncnorm.kernels.vectors import inverse_std, update_running
 
 __all__ = ["batch_normalize", "batch_normalize_and_moments"]
 
@@ -97,7 +98,7 @@ class _Normalize(Function):
                 refuse_one_value(moments.count, count_per_channel(x), x.shape)
                 if walk.refuses_nonfinite:
                     refuse_nonfinite(local, moments, walk.group)
-            rstd = moments.var.add_(walk.eps).rsqrt_()
+            rstd = inverse_std(moments, walk.eps)
             if walk.renorm is not None:
                 if not correction:
                     correction = _correction(moments, rstd, walk, running, recomputing=recomputing)

@@ -68,8 +68,7 @@ def _load() -> str | None:
 
 def batch_moments(x: Tensor) -> Moments:
     """Count, mean and M2 per channel of flat ``x``."""
-    mean, m2 = _ops().batch_moments.default(x).unbind(0)
-    return Moments(float(count_per_channel(x)), mean, m2)
+    return Moments(float(count_per_channel(x)), *_ops().batch_moments.default(x))
 
 
 def batch_normalize(
@@ -135,6 +134,9 @@ def _code(activation: Activation | None) -> tuple[int, float]:
 
 
 def _register_fakes() -> None:
+    def moments(x: Tensor) -> tuple[Tensor, Tensor]:
+        return x.new_empty(x.size(1), dtype=torch.float64), x.new_empty(x.size(1), dtype=torch.float64)
+
     def sums(*arguments: Any) -> Tensor:
         x: Tensor = arguments[0]
         return x.new_empty(2, x.size(1), dtype=torch.float64)
@@ -152,7 +154,7 @@ def _register_fakes() -> None:
         return torch.empty_like(x), torch.empty_like(x)
 
     fakes: dict[str, Callable[..., Any]] = {
-        "batch_moments": sums,
+        "batch_moments": moments,
         "batch_normalize": like,
         "batch_normalize_masked": masked,
         "batch_backward_reduce": sums,

@@ -29,14 +29,14 @@ template <typename T> std::vector<acc_t<T>> pivots(const Tensor& x) {
   return pivot;
 }
 
-// Count is x.numel() / C; mean and M2 are the rows of the result.
-Tensor batch_moments(const Tensor& x) {
+// Mean and M2; the count is x.numel() / C.
+std::tuple<Tensor, Tensor> batch_moments(const Tensor& x) {
   const Layout layout(x);
   const int64_t C = layout.channels;
   const double count = C ? static_cast<double>(x.numel() / C) : 0;
-  Tensor out = at::empty({2, C}, x.options().dtype(at::kDouble));
-  double *mean = out.data_ptr<double>(), *m2 = mean + C;
-  if (count == 0) return out.zero_();
+  Tensor mean_out = at::empty({C}, x.options().dtype(at::kDouble)), m2_out = at::empty_like(mean_out);
+  if (count == 0) return {mean_out.zero_(), m2_out.zero_()};
+  double *mean = mean_out.data_ptr<double>(), *m2 = m2_out.data_ptr<double>();
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, x.scalar_type(), "syncnorm::batch_moments", [&] {
     using A = acc_t<scalar_t>;
     std::vector<A> pivot = pivots<scalar_t>(x);
@@ -62,7 +62,7 @@ Tensor batch_moments(const Tensor& x) {
       for (int64_t c = 0; c < C; ++c) pivot[c] = static_cast<A>(mean[c]);
     }
   });
-  return out;
+  return {mean_out, m2_out};
 }
 
 template <typename T, bool kAcross, Shape kShape, bool kResidual, bool kMask>
@@ -126,7 +126,7 @@ std::tuple<Tensor, Tensor> batch_normalize_masked(
 }  // namespace
 
 TORCH_LIBRARY_FRAGMENT(syncnorm, m) {
-  m.def("batch_moments(Tensor x) -> Tensor");
+  m.def("batch_moments(Tensor x) -> (Tensor, Tensor)");
   m.def(
       "batch_normalize(Tensor x, Tensor mean, Tensor rstd, Tensor? weight, Tensor? bias, int activation, float slope, "
       "Tensor? residual) -> Tensor");
