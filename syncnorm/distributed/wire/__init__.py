@@ -81,11 +81,10 @@ def sum_row(row: Tensor, group: Group) -> Tensor:
             and :meth:`.symmetric.Symmetric.sum`.
     """
     if torch.compiler.is_compiling():
-        if _traced_way(group.name, row.device.type) == "collective":
-            return all_reduce_sum(row, group.name)
-        row = row.clone()
-        torch.ops.syncnorm.all_reduce_sum(row, group.name)
-        return row
+        # Inductor keeps functional collectives in their order and moves any other operator as it likes: two rows would meet
+        # the wrong partners (two layers of a BatchNormLSTM did). Eager ranks of the group wait for this one to agree, though.
+        _traced_way(group.name, row.device.type)
+        return all_reduce_sum(row, group.name)
     carrier = _way(group.name, row.device.type).carrier
     return all_reduce_sum(row, group.name) if carrier is None else carrier.sum(row)
 
@@ -144,24 +143,6 @@ def _check(name: str, where: str) -> Exchange:
     return name  # type: ignore[return-value]
 
 
-# A constant of the graph, as the group is.
 @constant_while_traced
 def _traced_way(name: str, device_type: str) -> str:
     return _way(name, device_type).name
-
-
-# What a graph calls where an eager layer would not call the collective: all ranks of a group take the same way, compiled
-# or not. It changes its argument: Inductor drops an operator of which it needs only the shape, unless that has an effect.
-# Registered without torch.library.custom_op, which adds 100 µs to a call.
-_library = torch.library.Library("syncnorm", "FRAGMENT")
-_library.define("all_reduce_sum(Tensor(a!) row, str name) -> ()")
-
-
-def _all_reduce_sum(row: Tensor, name: str) -> None:
-    total = sum_row(row, Group(name, 0))
-    if total is not row:
-        row.copy_(total)
-
-
-_library.impl("all_reduce_sum", _all_reduce_sum, "CompositeExplicitAutograd")
-torch.library.register_fake("syncnorm::all_reduce_sum", lambda row, name: None, lib=_library)
