@@ -1,0 +1,57 @@
+"""Tier: no process. scripts/gpu_check.py where there is no GPU: a sentence, a report, and parts that run in small."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def check(out: Path, *arguments: str) -> tuple[str, dict[str, dict[str, object]]]:
+    command = [sys.executable, str(ROOT / "scripts/gpu_check.py"), "--out", str(out), *arguments]
+    said = subprocess.run(command, capture_output=True, text=True, timeout=110, check=False)
+    assert said.returncode == 0, said.stdout + said.stderr
+    return said.stdout + (out / "report.md").read_text(), json.loads((out / "report.json").read_text())["parts"]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_says_that_there_is_no_gpu(tmp_path: Path) -> None:
+    said, parts = check(tmp_path)
+    assert "primitives: skipped, torch finds no CUDA device on this machine" in said
+    assert {part["status"] for part in parts.values()} == {"skipped"} and len(parts) == 7
+
+
+@pytest.mark.slow
+def test_a_dry_run_claims_nothing(tmp_path: Path) -> None:
+    pytest.importorskip("triton", reason="triton is not installed (the extra `triton`)")
+    said, parts = check(tmp_path, "--dry", "--parts", "models", "large")
+    assert "A dry run on the CPU: the numbers mean nothing" in said
+    assert [part["status"] for part in parts.values()] == ["complete", "complete"]
+    assert [row["provider"] for row in parts["models"]["rows"]][:2] == ["ours, fused", "ours, as a drop-in"]
+    assert {row["outcome"] for row in parts["large"]["rows"]} == {"collected"}
+
+
+def test_a_test_part_without_pytest_runs_the_same_functions(tmp_path: Path) -> None:
+    suite = tmp_path / "suite"
+    suite.mkdir()
+    (suite / "test_some.py").write_text(
+        "import pytest\n"
+        "@pytest.fixture(autouse=True)\ndef _around():\n    print('before')\n    yield\n    print('after')\n"
+        "@pytest.mark.parametrize(('a', 'b'), [(1, 2), (3, 4)])\n@pytest.mark.parametrize('c', [5])\n"
+        "def test_sum(a, b, c):\n    assert a + b + c == 8\n"
+        "def test_raises(monkeypatch):\n    with pytest.raises(ValueError, match='no'):\n        raise ValueError('no')\n"
+        "def test_skip():\n    pytest.skip('not here')\n"
+    )
+    command = [sys.executable, str(ROOT / "scripts/gpu_parts/tiny_pytest.py"), "suite/test_some.py"]
+    environment = {"PYTHONPATH": str(tmp_path), "PATH": ""}
+    said = subprocess.run(
+        command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60, check=False
+    )
+    assert said.returncode == 1
+    outcomes = [line.split(" ")[-1] for line in said.stdout.splitlines() if line.startswith("suite/")]
+    assert outcomes == ["PASSED", "FAILED", "PASSED", "SKIPPED"], said.stdout
+    assert said.stdout.count("before") == 4 and said.stdout.count("after") >= 2
