@@ -188,14 +188,27 @@ TAKEN: dict[str, tuple[Callable[..., Any], str]] = {
     "a later operand": (lambda self, h, y, x: functional.gelu(self.other(x).tanh() + y), "the sum and gelu"),
     "a broken-up sum": (lambda self, h, y, x: (y + x.mean((2, 3), keepdim=True)).relu(), "the sum and relu"),
     "another dtype": (lambda self, h, y, x: (y + x.float()).relu(), "the sum and relu"),
+    "somebody's own": (lambda self, h, y, x: self.own(y), "leaky_relu"),
     "mode": (lambda self, h, y, x: y.relu() if self.training else y.relu() * self.scale, "relu"),
 }
+
+
+class Swash(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.slope = 0.3
+
+    def forward(self, x: Tensor, inplace: bool = False) -> Tensor:
+        return functional.leaky_relu(x, self.slope, inplace)
+
+
 LAYERS: dict[str, Callable[[], nn.Module]] = {
     "act": lambda: nn.ReLU(inplace=True),
     "leaky": lambda: nn.LeakyReLU(0.2),
     "silu": lambda: nn.SiLU(inplace=True),
     "gelu": nn.GELU,
     "same": nn.Identity,
+    "own": Swash,
     "other": lambda: nn.Conv2d(3, 3, 1),
 }
 
@@ -287,6 +300,7 @@ LEFT: dict[str, tuple[Callable[..., Any], str]] = {
     "into another tensor": (into_the_input, "the sum is written into a tensor that others may hold"),
     "its input overwritten": (overtaken, "mul_ comes between it and the sum"),
     "the end": (lambda self, h, y, x: y, "its output leaves (the model itself)"),
+    "a number of it": (lambda self, h, y, x: y.relu() * int(x.sum()), "its code makes a number of a value"),
     "values": (lambda self, h, y, x: y.relu() if x.sum() > 0 else y, "its code branches on values"),
     "values, caught": (caught, "its code branches on values"),
     "types": (lambda self, h, y, x: y.relu() if isinstance(x, Tensor) else y, "its code asks for the type of a tensor"),
@@ -393,6 +407,9 @@ def test_what_changes_afterwards_is_respected() -> None:
     assert runs_fused(model, x)  # of attributes that are not plain data, it goes by how they were
     model.scale = 3.0
     assert not runs_fused(model, x)
+    own: Any = syncnorm.convert(written(TAKEN["somebody's own"][0]), fuse=True)
+    own.own.slope = 0.7  # a part of the code as it was
+    torch.testing.assert_close(own.eval()(x), functional.leaky_relu(own.norm(own.conv(x)), 0.7))
     model = fused()
     model.norm = nn.BatchNorm2d(3).double()
     assert not runs_fused(model, x)

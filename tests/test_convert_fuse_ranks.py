@@ -24,17 +24,24 @@ def data() -> tuple[Tensor, Tensor]:
 
 
 def train(listening: int | None) -> None:
-    """One step under DDP; the rank ``listening`` has hooks on a norm and on a ReLU, so that its code is the original."""
+    """One step under DDP; the rank ``listening`` has hooks on a norm and on a ReLU, so that its code is the original. Without
+    such a rank the model is converted after DDP has wrapped it.
+    """
     x, weight = data()
     whole = step(made(resnet), x, weight)
-    model = syncnorm.convert(made(resnet), fuse=True)
+    model = made(resnet) if listening is None else syncnorm.convert(made(resnet), fuse=True)
+    wrapped = DistributedDataParallel(model)
+    if listening is None:
+        syncnorm.convert(wrapped, fuse=True)
     calls: list[int] = []
     if dist.get_rank() == listening:
         for module in (model[2].bn2, model[1].relu):  # type: ignore[index, union-attr]
             module.register_forward_hook(lambda *_: calls.append(1))  # type: ignore[union-attr, operator]
     shard = slice(0, 3) if dist.get_rank() == 0 else slice(3, 5)
     with count_collectives() as counts:
-        found = step(DistributedDataParallel(model), x[shard], weight[shard], dist.get_world_size())
+        found = step(wrapped, x[shard], weight[shard], dist.get_world_size())
+    made_code = [module.forward._program for module in model.modules() if "forward" in vars(module)]  # type: ignore[attr-defined]
+    assert sum(program.holds() for program in made_code) == (1 if dist.get_rank() == listening else 3)
     assert counts["all_reduce"] >= 2 * 6
     assert len(calls) == (3 if dist.get_rank() == listening else 0)
     assert_same(found, whole, 1e-11)

@@ -4,6 +4,7 @@ From the inside out: first every module's own code, with calls of other modules 
 leaves its module, the code around that, with the module's code in it.
 """
 
+from contextlib import suppress
 from typing import NamedTuple
 
 from torch import nn
@@ -59,6 +60,9 @@ def find_fusions(model: nn.Module, takes: dict[int, Takes]) -> Fusions:
         inline = _between(block, waiting)
         try:
             fusions = _fusions(block, norms, inline)
+            with suppress(UntraceableError):
+                if simple := _simple(block, fusions):  # somebody's own activation, say
+                    inline, fusions = (*inline, *simple), _fusions(block, norms, (*inline, *simple))
         except UntraceableError as error:
             for below in waiting:
                 norm = id(block.get_submodule(below))
@@ -91,6 +95,19 @@ def _between(block: nn.Module, norms: list[str]) -> tuple[str, ...]:
     parts = [name.split(".") for name in norms]
     names = {".".join(path[:length]) for path in parts for length in range(1, len(path))}
     return tuple(sorted(name for name in names if _is_open(block.get_submodule(name))))
+
+
+def _simple(block: nn.Module, fusions: list[Fusion]) -> tuple[str, ...]:
+    """Modules behind norms that are nothing but a function, and not torch's."""
+    followers = {fusion.follower: block.get_submodule(fusion.follower) for fusion in fusions if fusion.follower}
+    return tuple(
+        name
+        for name, module in followers.items()
+        if not (
+            module._modules or module._parameters or module._buffers or type(module).__module__.startswith("torch.")
+        )
+        and _is_open(module)
+    )
 
 
 def _is_open(module: nn.Module) -> bool:

@@ -43,6 +43,7 @@ class Fusion(NamedTuple):
         why: Why nothing, in words.
         escapes: Its output is an output of the graph, so that what follows it is elsewhere.
         modules: Names of modules that are called no more.
+        follower: Name of the module that follows and is none that a norm can take in.
     """
 
     norm: str
@@ -50,10 +51,11 @@ class Fusion(NamedTuple):
     why: str = ""
     escapes: bool = False
     modules: tuple[str, ...] = ()
+    follower: str = ""
 
 
 class _RefusedError(Exception):
-    """Why a norm cannot take in what follows it."""
+    """Why a norm cannot take in what follows it; and the name of the module that does, if that is why."""
 
 
 def fuse_graph(root: nn.Module, graph: fx.Graph, takes: dict[str, Takes], apply: Callable[..., Tensor]) -> list[Fusion]:
@@ -90,7 +92,7 @@ class _Matcher:
             if hooked:
                 raise _RefusedError(f"{hooked[0]} has hooks, which would not be called")
         except _RefusedError as why:
-            return Fusion(name, why=str(why))
+            return Fusion(name, why=str(why.args[0]), follower=(*why.args, "")[1])
         if not taken:
             return Fusion(name, why="its output leaves {}", escapes=True)
         new = call
@@ -120,7 +122,9 @@ class _Matcher:
         if activation is not None and takes.activation:
             return [*passed, user], None, "", activation
         if not (takes.sum and _is_sum(user)):
-            raise _RefusedError(f"what follows is {self.described(user)}")
+            raise _RefusedError(
+                f"what follows is {self.described(user)}", str(user.target) if user.op == "call_module" else ""
+            )
         residual, written = self.other_operand(user, call, end)
         taken = [*passed, user]
         end, more = self.through_identities(user)

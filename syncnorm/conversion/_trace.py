@@ -193,6 +193,11 @@ class _StandIn(fx.Proxy):
     def __class__(self, value: Any) -> None:
         raise TypeError("a stand-in stays what it is")
 
+    def __index__(self) -> int:
+        return self.tracer.refuse("its code makes a number of a value")  # type: ignore[attr-defined, no-any-return]
+
+    __int__ = __float__ = __index__
+
 
 def _in_place(name: str) -> Callable[[fx.Proxy, Any], Any]:
     function = getattr(operator, f"i{name}")
