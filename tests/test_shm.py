@@ -87,6 +87,21 @@ def test_a_late_rank_is_waited_for() -> None:
     assert run_ranks(_late_rows, 2) == [[2.0 * (1 + number) for number in range(6)]] * 2
 
 
+def _woken() -> float:
+    group, row = _world(), torch.zeros(3, dtype=torch.float64)
+    sum_row(row, group)
+    began = time.monotonic()
+    for _ in range(40):
+        time.sleep(0.005 * dist.get_rank())
+        sum_row(row, group)
+    return time.monotonic() - began
+
+
+def test_who_sleeps_is_woken() -> None:
+    # A rank that nobody wakes looks again after 50 ms: 2 s for 40 exchanges, where they take 0.2 s.
+    assert max(run_ranks(_woken, 2)) < 1.5
+
+
 def _subgroups() -> tuple[float, float]:
     whole, rank = _world(), dist.get_rank()
     crossing = [dist.new_group([0, 2]), dist.new_group([1, 3])][rank % 2]

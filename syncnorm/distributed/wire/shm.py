@@ -132,8 +132,8 @@ class Segment:
     ) -> None:
         self._shared, self._rank, self._members, self._processes = shared, rank, members, processes
         self._timeout = timeout
-        self._state = (ctypes.c_int64 * 8)(
-            shared.address, shared.address + shared.slots, rank, len(members), _CAPACITY, 1, 0, 0
+        self._state = (ctypes.c_int64 * 7)(
+            shared.address, shared.address + shared.slots, rank, len(members), _CAPACITY, 1, 0
         )
         self._handle = ctypes.addressof(self._state)
         self._pid = os.getpid()

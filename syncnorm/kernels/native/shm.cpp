@@ -20,7 +20,6 @@
 
 #include <algorithm>
 #include <atomic>
-#include <cstring>
 #include <ctime>
 
 namespace {
@@ -41,13 +40,12 @@ struct alignas(128) Line {  // 128: the prefetcher takes cache lines in pairs
 };
 static_assert(std::atomic<uint32_t>::is_always_lock_free && sizeof(Line) == 128);
 
-struct State {  // of one rank, kept by the caller between calls; eight int64
+struct State {  // of one rank, kept by the caller between calls; seven int64
   Line* lines;
   double* slots;
   int64_t rank, size, capacity;
-  int64_t sequence;   // of the exchange under way, from 1
-  int64_t offset;     // words of the row that are done
-  int64_t published;  // whether this rank's piece is out
+  int64_t sequence;  // of the exchange under way, from 1
+  int64_t offset;    // words of the row that are done
 };
 
 inline void pause() {
@@ -104,16 +102,12 @@ int64_t shm_sum(at::Tensor row, int64_t handle) {
   do {
     const int64_t parity = s.sequence & 1, words = std::min(s.capacity, total - s.offset);
     const auto sequence = static_cast<uint32_t>(s.sequence);
-    if (!s.published) {
-      std::memcpy(s.slots + (2 * s.rank + parity) * s.capacity, data + s.offset, words * sizeof(double));
-      s.lines[s.rank].words[parity] = total;
-      publish(s.lines[s.rank], sequence);
-      s.published = 1;
-    }
+    std::copy_n(data + s.offset, words, s.slots + (2 * s.rank + parity) * s.capacity);
+    s.lines[s.rank].words[parity] = total;
+    publish(s.lines[s.rank], sequence);  // once more the same, where this call goes on with an exchange
     for (int64_t r = 0; r < s.size; ++r)
       if (r != s.rank && !await(s.lines[r], sequence)) return r;
     ++s.sequence;
-    s.published = 0;
     for (int64_t r = 0; r < s.size; ++r)
       if (s.lines[r].words[parity] != total) return kMismatch;  // in the first piece, so nothing is under way
     add_up(s, parity, data + s.offset, words);
