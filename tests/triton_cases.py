@@ -117,6 +117,7 @@ def test_moments_of_many_splits_at_a_large_mean(channels_last: bool, monkeypatch
         *(((2, 9, 21), dtype, "relu", residual) for dtype in DTYPES for residual in (False, True)),
         *(((2, 3, 19), torch.float32, name, residual) for name in ("", *ACTIVATIONS) for residual in (False, True)),
         ((2, 3, 19), torch.bfloat16, "gelu", True),
+        *(((2, 3, 19), torch.float64, name, True) for name in ("leaky_relu", "gelu")),
     ],
     ids=str,
 )

@@ -25,12 +25,12 @@ def affine(v, mean, scale, shift):
 
 
 @triton.jit
-def activate(pre, slope, ACTIVATION: tl.constexpr):
+def activate(pre, ACTIVATION: tl.constexpr, SLOPE: tl.constexpr):
     """act(pre). NaN stays NaN."""
     if ACTIVATION == 1:
         return tl.where(pre <= 0, 0.0, pre)
     elif ACTIVATION == 2:
-        return tl.where(pre <= 0, pre * slope, pre)
+        return tl.where(pre <= 0, pre * SLOPE, pre)
     elif ACTIVATION == 3:
         return pre / (1 + tl.exp(-pre))
     elif ACTIVATION == 4:
@@ -40,12 +40,12 @@ def activate(pre, slope, ACTIVATION: tl.constexpr):
 
 
 @triton.jit
-def through(g, pre, positive, slope, ACTIVATION: tl.constexpr):
+def through(g, pre, positive, ACTIVATION: tl.constexpr, SLOPE: tl.constexpr):
     """g·act'(pre); ``positive`` is ``pre > 0``, which is all that the first two need."""
     if ACTIVATION == 1:
         return tl.where(positive, g, 0.0)
     elif ACTIVATION == 2:
-        return tl.where(positive, g, g * slope)
+        return tl.where(positive, g, g * SLOPE)
     elif ACTIVATION == 3:
         sigmoid = 1 / (1 + tl.exp(-pre))
         return g * sigmoid * (1 + pre * (1 - sigmoid))

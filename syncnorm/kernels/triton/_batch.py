@@ -25,8 +25,8 @@ def moments(x: Tensor) -> tuple[Tensor, Tensor]:
     partial, walk = partial_moments(x)
     mean, m2 = (empty(walk.num_channels, dtype=torch.float64, device=x.device) for _ in range(2))
     launch(
-        kernels.merge_kernel, -(-walk.num_channels // 8), partial, mean, m2, walk.num_channels, 1, walk.splits, 0.0,
-        RSTD=False, BLOCK=8, PARTS=min(64, power_of_two(walk.splits)),
+        kernels.merge_kernel, -(-walk.num_channels // 8), partial, mean, m2, walk.num_channels, 1, walk.splits,
+        EPS=0.0, RSTD=False, BLOCK=8, PARTS=min(64, power_of_two(walk.splits)),
     )  # fmt: skip
     return mean, m2
 
@@ -61,8 +61,8 @@ def normalize(
         bits = empty(x.numel() // width, -(-width // 8), dtype=torch.uint8, device=x.device)
     launch(
         kernels.normalize_kernel, -(-walk.tiles // walk.steps) * walk.blocks, x, y, *vectors, residual, bits,
-        walk.C, walk.S, walk.tiles, walk.blocks, walk.steps, group, _num_affine(weight, bias), slope,
-        warps=walk.warps, ACTIVATION=CODES[activation], **_tile(walk),
+        walk.C, walk.S, walk.tiles, walk.blocks, walk.steps, group, _num_affine(weight, bias),
+        warps=walk.warps, **_activation(activation, slope), **_tile(walk),
     )  # fmt: skip
     return y, x.new_empty(0) if bits is None else bits
 
@@ -85,7 +85,7 @@ def backward_reduce(
     launch(
         kernels.backward_reduce_kernel, walk.blocks * walk.splits, grad, x, partial, *dense(mean, rstd, weight, bias),
         *_sides(activation, side), walk.C, walk.S, walk.tiles, walk.splits, walk.blocks, walk.num_channels, group,
-        _num_affine(weight, bias), slope, warps=walk.warps, ACTIVATION=CODES[activation], **_tile(walk),
+        _num_affine(weight, bias), warps=walk.warps, **_activation(activation, slope), **_tile(walk),
     )  # fmt: skip
     return sum_parts(partial, torch.float64)
 
@@ -124,14 +124,19 @@ def backward_input(
     launch(
         kernels.backward_input_kernel, -(-walk.tiles // walk.steps) * walk.blocks, grad, x, dx, dresidual,
         *dense(mean, rstd, weight, bias, means), *_sides(activation, side), walk.C, walk.S, walk.tiles, walk.blocks,
-        walk.steps, means.size(1), group, _num_affine(weight, bias), slope,
-        warps=walk.warps, ACTIVATION=CODES[activation], WEIGHTED_MEANS=weighted_means, **_tile(walk),
+        walk.steps, means.size(1), group, _num_affine(weight, bias),
+        warps=walk.warps, **_activation(activation, slope), WEIGHTED_MEANS=weighted_means, **_tile(walk),
     )  # fmt: skip
     return dx, x.new_empty(0) if dresidual is None else dresidual
 
 
 def _tile(walk: Walk) -> dict[str, Any]:
     return {"ALIGN": walk.align, "CHANNELS_LAST": walk.channels_last, "ROWS": walk.rows, "COLS": walk.cols}
+
+
+def _activation(name: str, slope: float) -> dict[str, Any]:
+    # Constants of the kernel: an argument would be rounded to float32, also beside float64.
+    return {"ACTIVATION": CODES[name], "SLOPE": slope if name == "leaky_relu" else 0.0}
 
 
 def _like(x: Tensor) -> Tensor:

@@ -72,7 +72,8 @@ def moments_kernel(
 
 @triton.jit(do_not_specialize=["num_stats", "splits"])
 def merge_kernel(
-    partial, mean, spread_out, num_stats, group, splits, eps, RSTD: tl.constexpr, BLOCK: tl.constexpr, PARTS: tl.constexpr
+    partial, mean, spread_out, num_stats, group, splits,
+    EPS: tl.constexpr, RSTD: tl.constexpr, BLOCK: tl.constexpr, PARTS: tl.constexpr
 ):  # fmt: skip
     """Merge the partials of ``splits`` and of ``group`` adjacent channels: mean, and M2 or ``1/sqrt(M2/count + eps)``."""
     ids = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
@@ -98,14 +99,15 @@ def merge_kernel(
         m2 += tl.sum(tl.load(at + 2 * num_channels, mask=mask, other=0.0) + n * d * d, 0)
     tl.store(mean + ids, centre, mask=ids < num_stats)
     if RSTD:
-        m2 = 1.0 / tl.sqrt(m2 / tl.maximum(count, 1.0) + eps)
+        m2 = 1.0 / tl.sqrt(m2 / tl.maximum(count, 1.0) + EPS)
     tl.store(spread_out + ids, m2, mask=ids < num_stats)
 
 
 @triton.jit(do_not_specialize=_SHAPES)
 def normalize_kernel(
-    x, y, mean, rstd, weight, bias, residual, bits, C, S, tiles, blocks, steps, group, num_affine, slope,
-    ALIGN: tl.constexpr, CHANNELS_LAST: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, ACTIVATION: tl.constexpr,
+    x, y, mean, rstd, weight, bias, residual, bits, C, S, tiles, blocks, steps, group, num_affine,
+    ALIGN: tl.constexpr, CHANNELS_LAST: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
+    ACTIVATION: tl.constexpr, SLOPE: tl.constexpr,
 ):  # fmt: skip
     """``act((x - mean)·rstd·weight + bias + residual)``, and where ``bits`` is given whether the pre-activation is > 0."""
     ACC: tl.constexpr = tl.float64 if x.dtype.element_ty == tl.float64 else tl.float32
@@ -129,14 +131,14 @@ def normalize_kernel(
             pre += tl.load(residual + at + within, mask=mask, other=0.0).to(ACC)
         if bits is not None:
             store_bits(bits, (pre > 0) & mask, row, col, width, rows, cols, ROWS, COLS)
-        tl.store(y + at + within, activate(pre, slope, ACTIVATION).to(y.dtype.element_ty), mask=mask)
+        tl.store(y + at + within, activate(pre, ACTIVATION, SLOPE).to(y.dtype.element_ty), mask=mask)
 
 
 @triton.jit(do_not_specialize=_SHAPES)
 def backward_reduce_kernel(
     grad, x, partial, mean, rstd, weight, bias, residual, bits, C, S, tiles, splits, blocks, num_channels, group, num_affine,
-    slope, ALIGN: tl.constexpr, CHANNELS_LAST: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
-    ACTIVATION: tl.constexpr,
+    ALIGN: tl.constexpr, CHANNELS_LAST: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
+    ACTIVATION: tl.constexpr, SLOPE: tl.constexpr,
 ):  # fmt: skip
     """Partial Σg' and Σg'·x̂, float64 [splits, 2, channels], with g' the gradient before the activation."""
     ACC: tl.constexpr = tl.float64 if x.dtype.element_ty == tl.float64 else tl.float32
@@ -157,8 +159,8 @@ def backward_reduce_kernel(
         v = tl.load(x + at + within, mask=mask, other=0.0).to(ACC)
         g = tl.load(grad + at + within, mask=mask, other=0.0).to(ACC)
         g = _before_activation(
-            g, v, centre, scale, shift, residual, bits, at + within, mask, row, col, width, rows, cols, slope,
-            ACTIVATION, ROWS, COLS,
+            g, v, centre, scale, shift, residual, bits, at + within, mask, row, col, width, rows, cols,
+            ACTIVATION, SLOPE, ROWS, COLS,
         )  # fmt: skip
         total += g
         products = tl.fma(g, v - centre, products)
@@ -184,8 +186,8 @@ def sum_kernel(partial, out, width, parts, BLOCK: tl.constexpr, PARTS: tl.conste
 @triton.jit(do_not_specialize=_SHAPES)
 def backward_input_kernel(
     grad, x, dx, dresidual, mean, rstd, weight, bias, means, residual, bits, C, S, tiles, blocks, steps, num_stats, group,
-    num_affine, slope, ALIGN: tl.constexpr, CHANNELS_LAST: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
-    ACTIVATION: tl.constexpr, WEIGHTED_MEANS: tl.constexpr,
+    num_affine, ALIGN: tl.constexpr, CHANNELS_LAST: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
+    ACTIVATION: tl.constexpr, SLOPE: tl.constexpr, WEIGHTED_MEANS: tl.constexpr,
 ):  # fmt: skip
     """``rstd·(weight·g' - ⟨g'⟩ - x̂⟨g'·x̂⟩)``, and g' itself for the residual.
 
@@ -218,8 +220,8 @@ def backward_input_kernel(
         v = tl.load(x + at + within, mask=mask, other=0.0).to(ACC)
         g = tl.load(grad + at + within, mask=mask, other=0.0).to(ACC)
         g = _before_activation(
-            g, v, centre, scale, shift, residual, bits, at + within, mask, row, col, width, rows, cols, slope,
-            ACTIVATION, ROWS, COLS,
+            g, v, centre, scale, shift, residual, bits, at + within, mask, row, col, width, rows, cols,
+            ACTIVATION, SLOPE, ROWS, COLS,
         )  # fmt: skip
         if dresidual is not None:
             tl.store(dresidual + at + within, g.to(dresidual.dtype.element_ty), mask=mask)
@@ -252,16 +254,16 @@ def _vectors(
 
 @triton.jit
 def _before_activation(
-    g, v, centre, scale, shift, residual, bits, at, mask, row, col, width, rows, cols, slope,
-    ACTIVATION: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
+    g, v, centre, scale, shift, residual, bits, at, mask, row, col, width, rows, cols,
+    ACTIVATION: tl.constexpr, SLOPE: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
     """The gradient before the activation: through a mask of bits, or through the pre-activation formed anew."""
     if ACTIVATION == 0:
         return g
     elif bits is not None:
-        return through(g, g, load_bits(bits, row, col, width, rows, cols, ROWS, COLS), slope, ACTIVATION)
+        return through(g, g, load_bits(bits, row, col, width, rows, cols, ROWS, COLS), ACTIVATION, SLOPE)
     else:
         pre = affine(v, centre, scale, shift)
         if residual is not None:
             pre += tl.load(residual + at, mask=mask, other=0.0).to(v.dtype)
-        return through(g, pre, pre > 0, slope, ACTIVATION)
+        return through(g, pre, pre > 0, ACTIVATION, SLOPE)

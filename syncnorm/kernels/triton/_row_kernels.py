@@ -17,8 +17,8 @@ _SHAPES = ("M", "D", "part", "programs", "blocks")
 
 @triton.jit(do_not_specialize=_SHAPES)
 def row_forward_kernel(
-    x, residual, y, h, weight, bias, mean, rstd, M, D, part, eps,
-    ALIGN: tl.constexpr, WHOLE: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
+    x, residual, y, h, weight, bias, mean, rstd, M, D, part,
+    EPS: tl.constexpr, ALIGN: tl.constexpr, WHOLE: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
     """``h = x + residual`` and ``(h - mean)·rstd·weight + bias``, with statistics of h as it is stored."""
     ACC: tl.constexpr = tl.float64 if x.dtype.element_ty == tl.float64 else tl.float32
@@ -34,11 +34,11 @@ def row_forward_kernel(
         if mean is not None:
             centre = tl.sum(v, 1) / D
             d = tl.where(mask, v - centre[:, None], 0.0)
-            s = 1 / tl.sqrt(tl.sum(d * d, 1) / D + eps)
+            s = 1 / tl.sqrt(tl.sum(d * d, 1) / D + EPS)
             tl.store(mean + first + row, centre, mask=live)
         else:
             d = v
-            s = 1 / tl.sqrt(tl.sum(tl.where((col < part)[None, :], v * v, 0.0), 1) / part + eps)
+            s = 1 / tl.sqrt(tl.sum(tl.where((col < part)[None, :], v * v, 0.0), 1) / part + EPS)
         tl.store(y + at + col[None, :], _scaled(d, s, weight, bias, col, col < width).to(y.dtype.element_ty), mask=mask)
     else:
         # Deviations from the mean of the first tile, as in moments_kernel.
@@ -60,7 +60,7 @@ def row_forward_kernel(
             square = tl.maximum(square - shift * shift, 0.0)
             pivot += shift
             tl.store(mean + first + row, pivot, mask=live)
-        s = 1 / tl.sqrt(square + eps)
+        s = 1 / tl.sqrt(square + EPS)
         for start in range(0, width, COLS):
             mask = live[:, None] & (start + col < width)[None, :]
             d = _values(x, residual, None, at + start + col[None, :], mask).to(ACC) - pivot[:, None]

@@ -28,7 +28,7 @@ def row_forward(
     rstd = empty(M, dtype=accumulate, device=x.device)
     launch(
         kernels.row_forward_kernel, -(-M // plan.rows), x, residual, y, h, *dense(weight, bias), mean, rstd, M, D, part or D,
-        eps, warps=plan.warps, ALIGN=plan.align, WHOLE=plan.whole, ROWS=plan.rows, COLS=plan.cols,
+        warps=plan.warps, EPS=eps, ALIGN=plan.align, WHOLE=plan.whole, ROWS=plan.rows, COLS=plan.cols,
     )  # fmt: skip
     return y, x.new_empty(0) if h is None else h, x.new_empty(0) if mean is None else mean, rstd
 
@@ -79,8 +79,8 @@ def group_forward(
         empty(x.size(0), num_groups, dtype=accumulate_dtype(x.dtype), device=x.device) for _ in range(2)
     )  # fmt: skip
     launch(
-        _batch_kernels.merge_kernel, -(-stats // 8), partial, mean, rstd, stats, size, walk.splits, eps,
-        RSTD=True, BLOCK=8, PARTS=min(64, power_of_two(walk.splits * size)),
+        _batch_kernels.merge_kernel, -(-stats // 8), partial, mean, rstd, stats, size, walk.splits,
+        EPS=eps, RSTD=True, BLOCK=8, PARTS=min(64, power_of_two(walk.splits * size)),
     )  # fmt: skip
     y, _ = _batch.normalize(flat, mean, rstd, weight, bias, activation, slope, None, size)
     return y.view(x.shape) if x.is_contiguous() else y, mean, rstd
