@@ -18,7 +18,7 @@ TILE_BYTES = 8192  # in all tensors of a tile, counted up to two: 64 bytes for e
 CHANNELS_LAST_BYTES = 256  # of channels in a row of a channels-last tile
 PROGRAMS_PER_MULTIPROCESSOR = 8
 TILES_PER_SPLIT = 4  # at least, or writing the partials would show beside reading the tensor
-FORWARD_ROW = 16384  # features that a program holds in registers
+FORWARD_ROW = 16384  # features that a program holds in registers, half as many in float64
 BACKWARD_ROW = 8192  # the same with two sums beside them: at 16384 they spill
 ROW_TILE = 2048  # features of several short rows in one tile
 ROW_CHUNK = 4096  # features of a long row at a time
@@ -30,7 +30,8 @@ class Walk(NamedTuple):
     """How kernels walk a flat tensor.
 
     Attributes:
-        arguments: C, S and the rest of what :func:`syncnorm.kernels.triton._tiles.locate` needs at run time.
+        C: Channels of an instance: of a sample for group norm in channels-last, else of everything.
+        S: Values per channel of one sample; of one instance in channels-last.
         channels_last: Whether channels are innermost.
         align: Power of two that divides the innermost size, at most 16 bytes.
         rows: Rows of a tile.
@@ -115,7 +116,7 @@ class Rows(NamedTuple):
 def plan_rows(x: Tensor, *, backward: bool) -> Rows:
     """A walk over rows ``x`` [M, D]."""
     M, D = map(int, x.shape)
-    whole = (BACKWARD_ROW if backward else FORWARD_ROW) >= D
+    whole = (BACKWARD_ROW if backward else FORWARD_ROW) // (2 if x.dtype == torch.float64 else 1) >= D
     cols = max(8, power_of_two(D)) if whole else ROW_CHUNK
     rows = max(1, min(power_of_two(M), ROW_TILE // cols))
     warps = max(1, min(16, rows * cols // 512))
