@@ -10,6 +10,7 @@ one width, so that rows of two layers never meet with two lengths: gloo ends a h
 import os
 import zlib
 from collections import deque
+from collections.abc import Callable
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
@@ -23,7 +24,7 @@ from syncnorm.distributed.groups import Group
 from syncnorm.distributed.notes import gather_notes
 from syncnorm.distributed.watch import is_watching, sum_watched
 from syncnorm.distributed.wire import sum_row
-from syncnorm.errors import SyncNormMismatch
+from syncnorm.errors import SyncNormMismatch, SyncNormPeerLost, SyncNormTimeout
 
 __all__ = ["POISON", "Call", "begin_call", "check_level", "dismiss", "set_check", "stand_in", "sum_agreed"]
 
@@ -177,8 +178,8 @@ def sum_agreed(row: Tensor, group: Group, call: Call | None, direction: str, wor
     words = (word, float(n), *_hashes(call, direction, n))
     while True:
         width, fits = ledger.width, ledger.fits(n)
-        place = f"{call.place(direction)}, exchange #{ledger.exchanges + 1}" if is_watching() else ""
-        total = _sum(_pack(row if fits else row[:0], width, words), group, place)
+        packed = _pack(row if fits else row[:0], width, words)
+        total = _sum(packed, group, lambda: f"{call.place(direction)}, exchange #{ledger.exchanges + 1}")
         ledger.exchanges += 1
         if _on_host(total):
             _compare(total.numpy()[-_WORDS:].tolist(), group, call, direction, word, ledger.exchanges, n)
@@ -241,10 +242,16 @@ class _Answer(NamedTuple):
         return cls(differ, int(refused), int(with_backward), ranks, int(length) // max(ranks, 1))
 
 
-def _sum(row: Tensor, group: Group, place: str) -> Tensor:
-    if is_watching() and not torch.compiler.is_compiling() and _on_host(row):
-        return sum_watched(row, group, place)
-    return sum_row(row, group)
+def _sum(row: Tensor, group: Group, place: str | Callable[[], str]) -> Tensor:
+    """Sum the row, and say where this rank is, or what says it, if somebody does not come."""
+    if torch.compiler.is_compiling():
+        return sum_row(row, group)
+    if is_watching() and _on_host(row):
+        return sum_watched(row, group, place if isinstance(place, str) else place())
+    try:
+        return sum_row(row, group)
+    except (SyncNormPeerLost, SyncNormTimeout) as error:
+        raise type(error)(f"{error} This rank was in {place if isinstance(place, str) else place()}.") from error
 
 
 def _ledger(group: Group) -> _Ledger:

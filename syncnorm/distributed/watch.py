@@ -22,6 +22,7 @@ from torch import Tensor
 from syncnorm.distributed.collectives import begin_all_reduce, find_group, group_ranks, group_store
 from syncnorm.distributed.groups import Group
 from syncnorm.distributed.notes import printable
+from syncnorm.distributed.wire.board import Board
 from syncnorm.errors import SyncNormError, SyncNormPeerLost, SyncNormTimeout
 
 __all__ = ["is_watching", "set_watch", "sum_watched"]
@@ -72,7 +73,7 @@ def sum_watched(row: Tensor, group: Group, place: str) -> Tensor:
         SyncNormTimeout: If a rank has not come in time.
     """
     assert _patience is not None
-    post = _post(group, _patience)
+    post = _post(group, place, _patience)
     post.enter(place)
     work = begin_all_reduce(row, post.name)
     start = time.monotonic()
@@ -210,11 +211,15 @@ _POSTS: WeakKeyDictionary[Any, _Post] = WeakKeyDictionary()
 _LOCK = threading.Lock()
 
 
-def _post(group: Group, patience: float) -> _Post:
+def _post(group: Group, where: str, patience: float) -> _Post:
     live = find_group(group.name)
     post = _POSTS.get(live)
     if post is None:
         ranks, me = group_ranks(group.name), dist.get_rank()
+        try:
+            _assemble(group, ranks, ranks.index(me), patience)
+        except SyncNormTimeout as late:
+            raise SyncNormTimeout(f"{late} This rank was in {where}.") from None
         # Its own time limit lies behind ours, which knows whom to name.
         limit = timedelta(seconds=patience + 60)
         own = dist.new_group(list(ranks), timeout=limit, backend="gloo", use_local_synchronization=True)
@@ -223,6 +228,15 @@ def _post(group: Group, patience: float) -> _Post:
         store = dist.PrefixStore(f"watch/{name}", group_store(group.name))
         post = _POSTS[live] = _Post(ranks, me, name, store)
     return post
+
+
+def _assemble(group: Group, ranks: tuple[int, ...], place: int, patience: float) -> None:
+    """Wait until all are here, or say who is not: to make a group waits for all of them, and names nobody."""
+    store = dist.PrefixStore("watch", group_store(group.name))
+    # Numbered, for a group that is made again has the same name and may have the same store.
+    board = Board(dist.PrefixStore(str(store.add(f"made/{place}", 1)), store), place, ranks, patience)
+    board.post(f"facts/{place}", os.getpid())
+    board.read([f"facts/{other}" for other in range(len(ranks))])
 
 
 def find_group_or_none(name: str) -> Any:
