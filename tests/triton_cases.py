@@ -54,6 +54,7 @@ def _small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     small = {"TILE_BYTES": 1024, "CHANNELS_LAST_BYTES": 64}
     for name, value in (small | {"TILES_PER_SPLIT": 2, "PROGRAMS_PER_MULTIPROCESSOR": 2}).items():
         monkeypatch.setattr(_plan, name, value)
+    monkeypatch.setattr(_plan, "multiprocessors", lambda device: 2)  # the interpreter's, on a device too
 
 
 def randn(
@@ -84,9 +85,12 @@ BATCH = [(2, 3, 199), (2, 33, 7), (2, 3, 64), (1, 1, 2), (7, 33, 1)]
 LAYOUTS = [False, True]
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    ("shape", "dtype"),
+    [*((shape, torch.float32) for shape in BATCH), *((BATCH[0], dtype) for dtype in DTYPES[1:])],
+    ids=str,
+)
 @pytest.mark.parametrize("channels_last", LAYOUTS, ids=["NCHW", "NHWC"])
-@pytest.mark.parametrize("shape", BATCH, ids=str)
 def test_batch_moments(shape: tuple[int, ...], channels_last: bool, dtype: torch.dtype) -> None:
     x = randn(*shape, dtype=dtype, scale=2, offset=3)
     moments = kernels.batch_moments(flat(x, channels_last))
@@ -198,7 +202,7 @@ def test_affine_may_be_missing_and_vectors_may_have_gaps(channels_last: bool) ->
     check("dx", dx, flat(rstd[:, None] * (x - m - x_hat * m), channels_last), torch.float64)
 
 
-ROWS = [(3, 1), (5, 3), (17, 199), (2, 1023), (40, 64)]
+ROWS = [(3, 1), (17, 199), (2, 1023), (40, 64)]
 
 
 @pytest.mark.parametrize(
@@ -334,16 +338,24 @@ def test_layers_equal_the_reference_twice_differentiated(
         torch.testing.assert_close(value, expected, rtol=1e-10, atol=1e-10)
 
 
-def test_compiled_in_one_graph_when_asked_for_by_name() -> None:
+@pytest.mark.parametrize(
+    "build",
+    [
+        lambda: syncnorm.SyncBatchNorm2d(5, backend="triton", activation="relu"),
+        lambda: syncnorm.modules.GroupNorm(5, 1, activation="silu", backend="triton"),
+        lambda: syncnorm.modules.RMSNorm(6, eps=1e-5, backend="triton"),
+    ],
+    ids=["batch relu", "group silu", "rms"],
+)
+def test_compiled_in_one_graph_when_asked_for_by_name(build: Callable[[], torch.nn.Module]) -> None:
+    torch._dynamo.reset()
     x = randn(3, 5, 4, 6, offset=1).requires_grad_()
-    layer = syncnorm.SyncBatchNorm2d(5, backend="triton", activation="relu").to(DEVICE, torch.float64)
-    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager" if INTERPRETED else "inductor")
     outcomes = []
-    for run in (layer, compiled):
-        layer.reset_running_stats()
-        y = run(x)
-        outcomes.append(
-            [y, *torch.autograd.grad(y.pow(3).sum(), [x, *layer.parameters()]), *map(torch.clone, layer.buffers())]
-        )
+    for compiled in (False, True):
+        layer = build().to(DEVICE, torch.float64)
+        if compiled:
+            layer.compile(fullgraph=True, backend="aot_eager" if INTERPRETED else "inductor")
+        y = layer(x)
+        outcomes.append([y, *torch.autograd.grad(y.pow(3).sum(), [x, *layer.parameters()]), *layer.buffers()])
     for eager, traced in zip(*outcomes, strict=True):
         torch.testing.assert_close(traced, eager, rtol=1e-10, atol=1e-10)
