@@ -7,7 +7,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from syncnorm._version import __version__
-from syncnorm.calibration import TentAdapter, adapt_batch_norm, reduce_buffers
+from syncnorm.calibration import TentAdapter, adapt_batch_norm, recalibrate, reduce_buffers
 from syncnorm.conversion import (
     convert,
     disabled,
@@ -119,6 +119,7 @@ __all__ = [
     "loss_weight",
     "no_stats_update",
     "plan",
+    "recalibrate",
     "reduce_buffers",
     "register_adapter",
     "revert",

@@ -7,24 +7,11 @@ the other ranks; one merge at the end gives every rank what one process would ha
 from collections.abc import Iterable
 from typing import Any
 
-import torch
-from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
+from torch import nn
 
-from syncnorm.calibration._layers import (
-    Forward,
-    batch_norms,
-    call_with_first_tensor,
-    evaluated_by,
-    first_tensor,
-    unwrap,
-)
-from syncnorm.core.features import add_moments
-from syncnorm.core.layout import flatten
-from syncnorm.core.moments import Moments, empty_moments, merge_moments
-from syncnorm.distributed.gather import gather_rows, send_refusal
+from syncnorm.calibration._layers import Forward, batch_norms, call_with_first_tensor, unwrap
+from syncnorm.calibration._population import Meeting, take_population
 from syncnorm.distributed.groups import group_spec, resolve
-from syncnorm.kernels import choose
 
 __all__ = ["adapt_batch_norm"]
 
@@ -77,96 +64,6 @@ def adapt_batch_norm(
             "adapt_batch_norm needs a batch norm with running statistics, and the model has none. One with "
             "track_running_stats=False uses each batch's own statistics and needs no adaptation."
         )
-    group = resolve(group_spec(process_group))
-    num_words = 1 + sum(2 * layer.num_features + 1 for layer in layers.values())
-    try:
-        num_samples, moments = _measure(model, layers, batches, forward or call_with_first_tensor)
-        row = torch.cat([torch.tensor([float(num_samples)], dtype=torch.float64), *(_row(m) for m in moments)])
-    except Exception:
-        send_refusal(num_words, torch.device("cpu"), group)
-        raise
-    rows = gather_rows(row, group)
-    total = int(rows[:, 0].sum())
-    if not total:
-        raise ValueError(
-            "adapt_batch_norm needs at least one sample on some rank, got none. Check the loaders' lengths."
-        )
-    _write(layers, rows[:, 1:])
-    return total
-
-
-def _measure(
-    model: nn.Module, layers: dict[str, _BatchNorm], batches: Iterable[Any], forward: Forward
-) -> tuple[int, list[Moments]]:
-    """Run all batches; how many samples they had, and each layer's moments. The model is as before afterwards."""
-    found = {name: empty_moments(layer.num_features, torch.device("cpu")) for name, layer in layers.items()}
-    training = [(module, module.training) for module in model.modules()]
-    statistics = [(layer, layer.running_mean, layer.running_var) for layer in layers.values()]
-    handles: list[Any] = []
-    num_samples = 0
-    try:
-        for module, _ in training:
-            module.training = False  # not eval(), which a model may have given another meaning
-        for name, layer in layers.items():
-            handles.append(layer.register_forward_pre_hook(_hook(name, found), with_kwargs=True))
-        # A compiled model runs as it was written: compiled code does not see hooks that came later.
-        with torch.no_grad(), torch.compiler.set_stance("force_eager"):
-            for batch in batches:
-                x = first_tensor(batch)
-                num_samples += 0 if x is None or x.dim() == 0 else x.size(0)
-                forward(model, batch)
-    finally:
-        for handle in handles:
-            handle.remove()
-        for layer, mean, var in statistics:
-            layer._buffers.update(running_mean=mean, running_var=var)
-        for module, mode in training:
-            module.training = mode
-    return num_samples, list(found.values())
-
-
-def _hook(name: str, found: dict[str, Moments]) -> Any:
-    def measure(layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        x: Tensor = (args or tuple(kwargs.values()))[0]
-        if x.dim() < 2 or x.size(1) != layer.num_features or not x.numel():
-            return  # the layer itself says what is wrong; of an empty batch there is nothing to measure
-        flat = flatten(x)
-        batch = choose("auto", x).batch_moments(flat)
-        if batch.count == 1:
-            raise ValueError(
-                f"{name} ({type(layer).__name__}) got one value per channel, {list(x.shape)}, which has no variance. Use "
-                "larger batches, or drop_last=True if it is the last one."
-            )
-        # Lent to the layer: evaluation by these is normalisation by the batch, in every batch norm there is.
-        mean, var = layer._buffers["running_mean"], layer._buffers["running_var"]
-        lent_mean, lent_var = evaluated_by(layer, batch, batch.var)
-        layer._buffers.update(running_mean=lent_mean.to(mean), running_var=lent_var.to(var))
-        on_host = Moments(float(batch.count), batch.mean.cpu(), batch.m2.cpu())
-        found[name] = add_moments(found[name], on_host)
-
-    return measure
-
-
-def _row(moments: Moments) -> Tensor:
-    return torch.cat([moments.mean.new_full((1,), float(moments.count)), moments.mean, moments.m2])
-
-
-@torch.no_grad()
-def _write(layers: dict[str, _BatchNorm], rows: Tensor) -> None:
-    """Give each layer the merged moments of its columns, in place; a layer that no rank has called keeps its own."""
-    widths = [2 * layer.num_features + 1 for layer in layers.values()]
-    merged = []
-    for name, columns in zip(layers, rows.split(widths, dim=1), strict=True):
-        means, m2s = columns[:, 1:].unflatten(1, (2, -1)).unbind(1)
-        moments = merge_moments(Moments(columns[:, 0], means, m2s))
-        if not (moments.mean.isfinite() & moments.m2.isfinite()).all():
-            raise ValueError(
-                f"the inputs of {name} hold NaN or infinite values on some rank, so they have no statistics. Nothing was "
-                "changed. Clean the data first."
-            )
-        merged.append(moments)
-    for layer, moments in zip(layers.values(), merged, strict=True):
-        if moments.count > 0 and layer.running_mean is not None and layer.running_var is not None:
-            mean, var = evaluated_by(layer, moments, moments.unbiased_var)
-            layer.running_mean.copy_(mean)
-            layer.running_var.copy_(var)
+    meeting = Meeting(resolve(group_spec(process_group)))
+    counted = ((batch, True) for batch in batches)
+    return take_population("adapt_batch_norm", model, layers, counted, forward or call_with_first_tensor, meeting)

@@ -6,6 +6,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parameter import is_lazy
+from torch.optim.swa_utils import AveragedModel
 
 from syncnorm.core.moments import Moments
 from syncnorm.modules import SyncStatistics
@@ -26,7 +27,7 @@ def batch_norms(model: nn.Module) -> dict[str, _BatchNorm]:
     return layers
 
 
-def evaluated_by(layer: _BatchNorm, moments: Moments, var: Tensor) -> tuple[Tensor, Tensor]:
+def evaluated_by(layer: nn.Module, moments: Moments, var: Tensor) -> tuple[Tensor, Tensor]:
     """The running statistics by which ``layer`` evaluates like a batch of these moments: their mean, and ``var`` of theirs.
 
     Moving average batch norm does not centre: its running mean is a constant, and its other the mean square about that.
@@ -39,8 +40,13 @@ def evaluated_by(layer: _BatchNorm, moments: Moments, var: Tensor) -> tuple[Tens
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """The model within DDP, whose own forward broadcasts buffers and so would wait for ranks with fewer batches."""
-    return model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
+    """The model within DDP, whose own forward broadcasts buffers and so would wait for ranks with fewer batches.
+
+    ``AveragedModel`` hides DDP and the training flag of what it has copied, and adds nothing to its forward.
+    """
+    while isinstance(model, (nn.parallel.DistributedDataParallel, AveragedModel)):
+        model = model.module
+    return model
 
 
 def first_tensor(batch: Any) -> Tensor | None:
