@@ -16,8 +16,14 @@ from torch.nn import functional as F
 import syncnorm
 from syncnorm.core.activation import ACTIVATIONS, Activation
 from syncnorm.kernels import triton as kernels
-from syncnorm.kernels.triton import _batch, _plan, _rows
 from syncnorm.kernels.triton import rows as row_kernels
+
+triton = pytest.importorskip("triton", reason="triton is not installed (the extra `triton`)")
+
+import triton.language as tl  # noqa: E402
+
+from syncnorm.kernels.triton import _batch, _plan, _rows  # noqa: E402
+from syncnorm.kernels.triton._tiles import locate  # noqa: E402
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if INTERPRETED else "cuda"
@@ -200,6 +206,25 @@ def test_affine_may_be_missing_and_vectors_may_have_gaps(channels_last: bool) ->
     )  # fmt: skip
     m = randn(5, seed=4)[:, None]
     check("dx", dx, flat(rstd[:, None] * (x - m - x_hat * m), channels_last), torch.float64)
+
+
+@triton.jit
+def where_kernel(
+    out, t, block, C, S, CHANNELS_LAST: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr
+):  # fmt: skip
+    row, col, _, _ = locate(t, block, C, S, 1, CHANNELS_LAST, ROWS, COLS)
+    tl.store(out, row * (C if CHANNELS_LAST else S) + col)
+
+
+def test_offsets_go_beyond_2_to_31() -> None:
+    out = torch.zeros(1, dtype=torch.int64, device=DEVICE)
+    c, s = 48, 1 << 27  # 6.4e9 values in a sample
+    for t, block, expected in ((7 << 16, 2, (7 * c + 2 * 4) * s), ((7 << 16) + 5, 0, 7 * c * s + 5 * 2048)):
+        where_kernel[(1,)](out, t, block, c, s, CHANNELS_LAST=False, ROWS=4, COLS=2048)
+        assert out.item() == expected
+    for t, block, expected in ((1 << 22, 1, (1 << 22) * 32 * c + 16), (5, 2 * 3, (2 * s + 5 * 32) * c)):
+        where_kernel[(1,)](out, t, block, c, s, CHANNELS_LAST=True, ROWS=32, COLS=16)
+        assert out.item() == expected
 
 
 ROWS = [(3, 1), (17, 199), (2, 1023), (40, 64)]

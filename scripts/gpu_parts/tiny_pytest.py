@@ -68,6 +68,10 @@ def skip(reason: str = "") -> None:
     raise SkipError(reason)
 
 
+def importorskip(name: str, reason: str = "") -> ModuleType:
+    return importlib.import_module(name)
+
+
 def run(path: str) -> tuple[int, int]:
     """Run a file's tests; passed and failed."""
     module = importlib.import_module(path.removesuffix(".py").replace("/", "."))
@@ -126,7 +130,8 @@ def main(files: list[str]) -> int:
     """1 if a test failed."""
     stand_in = ModuleType("pytest")
     vars(stand_in).update(
-        mark=Mark(), fixture=fixture, raises=raises, skip=skip, MonkeyPatch=MonkeyPatch, Item=SimpleNamespace
+        mark=Mark(), fixture=fixture, raises=raises, skip=skip, importorskip=importorskip, MonkeyPatch=MonkeyPatch,
+        Item=SimpleNamespace,
     )  # fmt: skip
     sys.modules["pytest"] = stand_in
     failed = 0

@@ -10,5 +10,6 @@ from tests.triton_cases import (  # noqa: F401
     test_group_norm_and_its_gradient,
     test_layers_equal_the_reference_twice_differentiated,
     test_moments_of_many_splits_at_a_large_mean,
+    test_offsets_go_beyond_2_to_31,
     test_row_norm_and_its_gradient,
 )
