@@ -316,16 +316,20 @@ def _check_word(answer: _Answer, group: Group, word: float, place: str | None) -
         return
     notes = {} if place is None else gather_notes(group, place, word)
 
+    def ranks(word: float) -> list[int]:
+        return [rank for rank, note in notes.items() if note.word == word]
+
     def named(word: float) -> str:
-        return f" (ranks {[rank for rank, note in notes.items() if note.word == word]}, at {place})" if notes else ""
+        return f" (ranks {ranks(word)}, at {place})" if notes else ""
 
     if answer.refused:
         raise SyncNormMismatch(
             f"{answer.refused} of {group.size} ranks refused their input to this call{named(POISON)} and raised an error of "
             "their own; look there for the cause. Nothing was changed on this rank."
         )
+    others = f"ranks {ranks(0)}" if notes else "the others"
     raise SyncNormMismatch(
-        f"{answer.with_backward} of {group.size} ranks need a backward pass through this call{named(1)} and the others do not "
+        f"{answer.with_backward} of {group.size} ranks need a backward pass through this call{named(1)} and {others} do not "
         f"(this rank {'does' if word else 'does not'}). All ranks must agree on requires_grad of the input and the affine "
         "parameters, and on torch.no_grad(), or the backward exchange would wait forever."
     )

@@ -19,7 +19,7 @@ from weakref import WeakKeyDictionary
 import torch.distributed as dist
 from torch import Tensor
 
-from syncnorm.distributed.collectives import begin_all_reduce, find_group, group_ranks, group_store
+from syncnorm.distributed.collectives import begin_all_reduce, find_group, group_ranks, group_store, is_initialized
 from syncnorm.distributed.groups import Group
 from syncnorm.distributed.notes import printable
 from syncnorm.distributed.wire.board import Board
@@ -53,6 +53,8 @@ def set_watch(seconds: float | None) -> None:
     if seconds is not None and not seconds > 0:
         raise ValueError(f"ranks must wait for some time, got {seconds} seconds. None stops the watch.")
     _patience = seconds
+    if seconds is not None and is_initialized():  # so that a rank that ends before it has met anybody is known to have
+        _acquaintances().set(str(dist.get_rank()), json.dumps(_identity()))
 
 
 def is_watching() -> bool:
@@ -103,7 +105,7 @@ class _Post:
         self.heard: dict[int, tuple[int, float]] = {}  # last count of a rank's thread, and when it was new
         self.seen_alive: set[int] = set()
         self._count = 0
-        self._identity = {"pid": os.getpid(), "started": _started(os.getpid()), "host": _host()}
+        self._identity = _identity()
         self._write()
         store.wait([str(r) for r in ranks])
         for rank, record in self._records().items():
@@ -218,8 +220,8 @@ def _post(group: Group, where: str, patience: float) -> _Post:
         ranks, me = group_ranks(group.name), dist.get_rank()
         try:
             _assemble(group, ranks, ranks.index(me), patience)
-        except SyncNormTimeout as late:
-            raise SyncNormTimeout(f"{late} This rank was in {where}.") from None
+        except (SyncNormPeerLost, SyncNormTimeout) as error:
+            raise type(error)(f"{error} This rank was in {where}.") from None
         # Its own time limit lies behind ours, which knows whom to name.
         limit = timedelta(seconds=patience + 60)
         own = dist.new_group(list(ranks), timeout=limit, backend="gloo", use_local_synchronization=True)
@@ -234,9 +236,26 @@ def _assemble(group: Group, ranks: tuple[int, ...], place: int, patience: float)
     """Wait until all are here, or say who is not: to make a group waits for all of them, and names nobody."""
     store = dist.PrefixStore("watch", group_store(group.name))
     # Numbered, for a group that is made again has the same name and may have the same store.
-    board = Board(dist.PrefixStore(str(store.add(f"made/{place}", 1)), store), place, ranks, patience)
+    store = dist.PrefixStore(str(store.add(f"made/{place}", 1)), store)
+    board = Board(store, place, ranks, patience)
     board.post(f"facts/{place}", os.getpid())
-    board.read([f"facts/{other}" for other in range(len(ranks))])
+    here, known = [f"facts/{other}" for other in range(len(ranks))], _acquaintances()
+    deadline, pause = time.monotonic() + patience, 0.001
+    while not store.check(here) and time.monotonic() < deadline:
+        told = {rank: json.loads(known.get(str(rank))) for rank in ranks if known.check([str(rank)])}
+        gone = [rank for rank, record in told.items() if record["host"] == _host() and not _is_running(record)]
+        if gone and not store.check(here):
+            raise SyncNormPeerLost(f"ranks {gone} are gone: their processes have ended. {_GONE}")
+        time.sleep(pause)
+        pause = min(2 * pause, _TURN)
+    board.read(here)
+
+
+def _acquaintances() -> dist.Store:
+    """Where each rank of the world says which process it is, once it watches."""
+    world = dist.group.WORLD
+    assert world is not None
+    return dist.PrefixStore("processes", group_store(world.group_name))
 
 
 def find_group_or_none(name: str) -> Any:
@@ -252,6 +271,10 @@ def _where(record: dict[str, Any]) -> str:
     if not place:
         return "has met nobody"
     return f"in {place}" if record.get("inside") else f"after {place}"
+
+
+def _identity() -> dict[str, Any]:
+    return {"pid": os.getpid(), "started": _started(os.getpid()), "host": _host()}
 
 
 def _host() -> str:
