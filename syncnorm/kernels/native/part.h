@@ -70,4 +70,30 @@ template <typename A, int64_t kWidth = kLanes, typename V> inline A fold(const V
   }
 }
 
+// The sums of kLanes vectors, in their order.
+template <typename A> inline vec_t<A> fold_all(vec_t<A>* v) {
+#if defined(__GNUC__) && !defined(__clang__)
+  if constexpr (!std::is_same_v<A, double>) {
+    auto level = [&]<int64_t kWidth>(auto self, std::integral_constant<int64_t, kWidth>) {
+      // Two vectors of blocks of 2·kWidth lanes become one of twice as many blocks of kWidth: their halves, added.
+      mask_t<A> low;
+      for (int64_t l = 0; l < kLanes; ++l) {
+        const int64_t block = l / kWidth;
+        low[l] = block % 2 * kLanes + block / 2 * 2 * kWidth + l % kWidth;
+      }
+      const mask_t<A> high = low + static_cast<lane_t<A>>(kWidth);
+      for (int64_t i = 0; i < kWidth; ++i) {
+        v[i] = __builtin_shuffle(v[i], v[i + kWidth], low) + __builtin_shuffle(v[i], v[i + kWidth], high);
+      }
+      if constexpr (kWidth > 1) self(self, std::integral_constant<int64_t, kWidth / 2>());
+    };
+    level(level, std::integral_constant<int64_t, kLanes / 2>());
+    return v[0];
+  }
+#endif
+  vec_t<A> sums;
+  for (int64_t l = 0; l < kLanes; ++l) sums[l] = fold<A>(v[l]);
+  return sums;
+}
+
 }  // namespace syncnorm
