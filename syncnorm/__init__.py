@@ -63,6 +63,7 @@ from syncnorm.modules import (
 
 if TYPE_CHECKING:
     from syncnorm.diagnostics import verify as verify
+    from syncnorm.lightning import PreciseBatchNorm as PreciseBatchNorm
     from syncnorm.lightning import RenormSchedule as RenormSchedule
     from syncnorm.lightning import SyncNorm as SyncNorm
     from syncnorm.lightning import SyncNormPlugin as SyncNormPlugin
@@ -90,6 +91,7 @@ __all__ = [
     "MovingAverageBatchNorm1d",
     "MovingAverageBatchNorm2d",
     "MovingAverageBatchNorm3d",
+    "PreciseBatchNorm",
     "RMSNorm",
     "RunningNorm",
     "Standardize",
@@ -132,6 +134,7 @@ __all__ = [
 ]
 
 _LAZY = {
+    "PreciseBatchNorm": "syncnorm.lightning",
     "RenormSchedule": "syncnorm.lightning",
     "SyncNorm": "syncnorm.lightning",
     "SyncNormPlugin": "syncnorm.lightning",

@@ -18,21 +18,25 @@ from lightning.pytorch.callbacks import (
     ModelCheckpoint,
     StochasticWeightAveraging,
 )
+from torch.utils.data import DataLoader
 
 import syncnorm
 from syncnorm import SyncNorm, SyncNormPlugin
 from syncnorm.testing import count_collectives, run_ranks
 from tests.lightning_training import (
+    GLOBAL_BATCH,
     TOLERANCE,
     LateTraining,
     OldTraining,
     Training,
     by_hand,
+    dataset,
     distance,
     fields,
     fit,
     kinds,
     make_trainer,
+    network,
     norms,
 )
 
@@ -188,6 +192,10 @@ def audited(folder: Path) -> Any:
     return run | {"gathers": counts["all_gather"], "text": text, "batches": drifting.batches, "restored": after}
 
 
+def precise(folder: Path) -> Any:
+    return fit(Training(), SyncNorm(), syncnorm.PreciseBatchNorm(forward=lambda model, batch: model.net(batch[0])))
+
+
 def nothing_to_do(folder: Path) -> Any:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -231,6 +239,7 @@ CASES = {
     "micro-batches": micro_batches,
     "nothing to do": nothing_to_do,
     "audited": audited,
+    "precise": precise,
 }
 ORACLES = {
     "swa": lambda: fit(Training(), swa(), max_epochs=2, devices=1, strategy="auto"),
@@ -320,6 +329,15 @@ def test_an_exception_gives_back_and_the_next_fit_works(case: Any) -> None:
     assert "the training step fails" in run["raised"]
     assert run["after_exception"] == LOCAL
     assert run["unchanged"]
+
+
+def test_precise_statistics_are_those_of_one_process_with_whole_batches(case: Any, whole_batch: Any) -> None:
+    alone = network()
+    alone.load_state_dict({name.removeprefix("net."): value for name, value in whole_batch.items()})
+    syncnorm.recalibrate(alone, DataLoader(dataset(), GLOBAL_BATCH))
+    state = {f"net.{name}": value for name, value in alone.state_dict().items()}
+    assert distance(case("precise")["state"], state) < TOLERANCE
+    assert distance(whole_batch, state) > 1e-3
 
 
 def test_stages_leave_no_residue(case: Any) -> None:

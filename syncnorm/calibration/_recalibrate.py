@@ -24,7 +24,7 @@ from syncnorm.modules import BatchNormLSTM, FrozenBatchNorm1d, FrozenBatchNorm2d
 from syncnorm.modules._mixed_statistics import MixedStatistics
 from syncnorm.modules._sharded import is_sharded
 
-__all__ = ["recalibrate"]
+__all__ = ["measured_norms", "recalibrate"]
 
 _FROZEN = (FrozenBatchNorm1d, FrozenBatchNorm2d, FrozenBatchNorm3d)
 
@@ -89,7 +89,7 @@ def recalibrate(
     model = unwrap(model)
     meeting = Meeting(resolve(group_spec(process_group)))
     try:
-        layers = _measured(model)
+        layers = measured_norms(model)
         groups = _groups(layers, meeting.group)
     except Exception:
         meeting.refuse()
@@ -103,8 +103,12 @@ def recalibrate(
         )
 
 
-def _measured(model: nn.Module) -> dict[str, Norm]:
-    """The norms whose running statistics a training step of ``model`` would move, or of all if it is in evaluation mode."""
+def measured_norms(model: nn.Module) -> dict[str, Norm]:
+    """The norms whose running statistics a training step would move, by name; in a model in evaluation mode, all it has.
+
+    Raises:
+        ValueError: If there are none.
+    """
     layers: dict[str, Norm] = {**batch_norms(model)}
     layers |= {name: module for name, module in model.named_modules() if isinstance(module, MixedStatistics)}
     tracking = {n: layer for n, layer in layers.items() if layer.running_var is not None and layer.track_running_stats}
