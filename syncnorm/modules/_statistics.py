@@ -4,6 +4,8 @@ A converted layer is the same object with another class. Parameters, buffers, ho
 and every alias stay; going back is another swap.
 """
 
+import os
+import warnings
 from collections.abc import Callable
 from typing import Any, ClassVar, cast
 
@@ -388,6 +390,8 @@ class SyncStatistics(_BatchNorm):
             )
         if self._synced_over != group.size:
             self._synced_over = group.size
+            if not group.name:
+                _warn_of_launcher(self)
         return group
 
     def _set_up(
@@ -436,6 +440,23 @@ class SyncStatistics(_BatchNorm):
     def __getstate__(self) -> dict[str, Any]:
         # A copy may wake up in a process of its own: that it ran over ranks is not part of it.
         return {**self.__dict__, "_synced_over": 0}
+
+
+_warned = False
+
+
+def _warn_of_launcher(layer: SyncStatistics) -> None:
+    """Once per process: the first layer that runs alone where a launcher has started several ranks."""
+    global _warned
+    ranks = os.environ.get("WORLD_SIZE", "1")
+    if not _warned and ranks.isdecimal() and int(ranks) > 1:
+        _warned = True
+        warnings.warn(
+            f"{layer._path or type(layer).__name__} is plain batch norm, of this process alone: WORLD_SIZE={ranks} says that "
+            "there are more ranks, but no process group. Call torch.distributed.init_process_group before training, or say "
+            "that one process is meant: syncnorm.revert(model), or `with syncnorm.disabled(model):`.",
+            stacklevel=2,
+        )
 
 
 def is_synced(module: nn.Module) -> bool:
