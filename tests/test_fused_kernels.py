@@ -115,8 +115,8 @@ def check(shape: tuple[int, ...], name: str, dtype: torch.dtype, activation: Act
             eps = torch.finfo(dtype if key in ("y", "x", "residual") else wide["x"].dtype).eps
             # What float64 itself loses is that of the centring.
             held = 4 * eps * scale + 8 * torch.finfo(torch.float64).eps * v["x"].abs().max()
-            # ATen multiplies before it subtracts, which costs another rounding of mean/std.
-            budget = (8 if name == "aten" else 4) * (theirs.double() - true).abs().max() + held
+            # ATen multiplies before it subtracts, which costs other roundings of mean/std.
+            budget = (16 if name == "aten" else 4) * (theirs.double() - true).abs().max() + held
             error = (got.double() - true).abs().max()
             assert error <= budget, (key, shape, with_residual, error.item(), budget.item())
 

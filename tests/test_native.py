@@ -140,16 +140,17 @@ def test_large_outputs_bypass_the_caches_and_are_the_same() -> None:
     vector = torch.rand(64, dtype=torch.float64) + 0.5
     affine = vector, vector, None, None
     for x in (torch.randn(64, 64, 32, 32).flatten(2), torch.randn(1 << 16, 64)):
-        assert x.nbytes >= 1 << 24  # kStreamBytes
+        assert x.nbytes >= 1 << 23  # kStreamBytes
         means = torch.stack([vector, vector])
         whole = ops.batch_normalize(x, *affine, RELU, 0.0, None), *ops.batch_backward_input_and_residual(
             x, x, *affine, means, RELU, 0.0, None
         )  # fmt: skip
-        for part in x.split(x.size(0) // 2):
+        for start in range(0, x.size(0), x.size(0) // 4):
+            at = slice(start, start + x.size(0) // 4)
+            part = x[at]
             expected = ops.batch_normalize(part, *affine, RELU, 0.0, None), *ops.batch_backward_input_and_residual(
                 part, part, *affine, means, RELU, 0.0, None
             )  # fmt: skip
-            at = slice(0, part.size(0)) if part.data_ptr() == x.data_ptr() else slice(part.size(0), None)
             assert all(torch.equal(a[at], b) for a, b in zip(whole, expected, strict=True))
 
 

@@ -99,7 +99,7 @@ def _files(*patterns: str) -> list[Path]:
 
 def _flags() -> list[str]:
     if platform.machine() in ("aarch64", "arm64"):
-        return [*_FLAGS, "-mcpu=native", "-DCPU_CAPABILITY_NEON", "-DAT_BUILD_ARM_VEC256_WITH_SLEEF"]
+        return [*_FLAGS, "-mcpu=native", "-DCPU_CAPABILITY_NEON"]
     # The vectors of at::vec are as wide as those of torch's own kernels, ATEN_CPU_CAPABILITY included.
     capability = torch.backends.cpu.get_cpu_capability()
     wide = [f"-DCPU_CAPABILITY_{capability}"] if capability in ("AVX2", "AVX512") else []

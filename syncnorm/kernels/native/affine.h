@@ -7,7 +7,9 @@
 
 namespace syncnorm {
 
-constexpr int64_t kStreamBytes = int64_t{1} << 24;  // outputs from here on bypass the caches
+// Outputs from here on bypass the caches, which they would not stay in: a step and the operation after it take 0.92 (float32)
+// to 0.98 (bfloat16) of the time at 8.4 MB, among 60 MB of other data.
+constexpr int64_t kStreamBytes = int64_t{1} << 23;
 
 // Statistics and affine parameters of all channels, in double.
 struct Channels {
