@@ -13,7 +13,7 @@ from torch.func import functional_call, grad, vjp
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import syncnorm
-from syncnorm.distributed import exchange
+from syncnorm.distributed import agreement
 from syncnorm.functional import sync_batch_norm
 from syncnorm.testing import count_collectives, run_ranks
 from tests.oracles import my_slice, randomise_affine, whole_batch
@@ -386,8 +386,8 @@ class _OnDevice(Tensor):
 
 def _reads_nothing_back(on_device: bool) -> None:
     if on_device:
-        reduce = exchange.sum_row
-        exchange.sum_row = lambda row, group: reduce(row, group).as_subclass(_OnDevice)
+        reduce = agreement.sum_row
+        agreement.sum_row = lambda row, group: reduce(row, group).as_subclass(_OnDevice)
     for options in (
         {},
         {"momentum": None},

@@ -270,7 +270,9 @@ def _hashes(call: Call, direction: str, n: int) -> tuple[float, ...]:
 
 
 def _on_host(row: Tensor) -> bool:
-    return row.device.type == "cpu" and type(row) is Tensor
+    # Beneath torch.func a tensor may be a wrapper, whose memory cannot be looked at.
+    wrapped = torch._C._functorch.is_functorch_wrapped_tensor(row)
+    return row.device.type == "cpu" and type(row) is Tensor and not wrapped
 
 
 def _pack(row: Tensor, width: int, words: tuple[float, ...]) -> Tensor:
@@ -344,7 +346,9 @@ def _by_place(places: dict[int, str]) -> dict[str, list[int]]:
 
 def _compare_later(words: Tensor, group: Group, place: str, ledger: _Ledger) -> None:
     """Look at words on an accelerator once they have reached the host, without making it wait."""
-    if type(words) is not Tensor or (words.is_cuda and torch.cuda.is_current_stream_capturing()):
+    if type(words) is not Tensor or torch._C._functorch.is_functorch_wrapped_tensor(words):
+        return
+    if words.is_cuda and torch.cuda.is_current_stream_capturing():
         return
     event = None
     if words.is_cuda:
