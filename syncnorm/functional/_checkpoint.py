@@ -44,7 +44,9 @@ def remember_call(site: object, call: Call | None, found: tuple[Any, ...]) -> No
     else:
         region = _reentrant_region()
     if region is not None:
-        region.__dict__.setdefault(_MOMENTS, {}).setdefault(id(site), []).append((None if call is None else call.number, found))
+        region.__dict__.setdefault(_MOMENTS, {}).setdefault(id(site), []).append(
+            (None if call is None else call.number, found)
+        )
 
 
 def recall_call(site: object, call: Call | None) -> tuple[Any, ...] | None:

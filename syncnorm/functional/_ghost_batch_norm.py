@@ -92,7 +92,9 @@ def ghost_batch_norm(
     )
     if tracks and not is_recomputing():
         running = RunningStatistics(running_mean, running_var, num_batches_tracked, momentum)
-        update_running(running, _average(list(moments), ranks, begin_call(site, ranks, input), share=1 / ghost_group.size))
+        update_running(
+            running, _average(list(moments), ranks, begin_call(site, ranks, input), share=1 / ghost_group.size)
+        )
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
 
