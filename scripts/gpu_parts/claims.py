@@ -31,6 +31,7 @@ def run(files: list[str], out: Path, dry: bool) -> Iterator[dict[str, Any]]:
     command += ["--collect-only"] if dry else []
     environment = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}
     environment.pop("TRITON_INTERPRET", None)
+    environment.pop("PYTEST_ADDOPTS", None)  # what it prints is read here
     process = subprocess.Popen(
         [*command, *files], cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )  # fmt: skip
