@@ -1,0 +1,102 @@
+"""Tier: no process, and gloo ranks. Rows 46, 54 and 56 of the matrix: a skipped optimizer step, ports, hostile modules."""
+
+import ast
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+import syncnorm
+from syncnorm.testing import run_ranks
+from tests.faults.network import network
+
+PACKAGE = Path(syncnorm.__file__).parent
+
+
+def _skipped_steps() -> tuple[list[float], list[Tensor], int]:
+    """fp16 with a loss scale that overflows on one rank in the second of four steps."""
+    rank = dist.get_rank()
+    net = DistributedDataParallel(network())
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.01)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+    scales = []
+    for step in range(4):
+        x = torch.randn(4, 6, generator=torch.Generator().manual_seed(10 * step + rank))
+        optimizer.zero_grad()
+        with torch.autocast("cpu", dtype=torch.float16):
+            y = net(x)
+            loss = y.float().pow(2).sum() * (torch.inf if step == 1 and rank == 1 else 1.0)
+        scaler.scale(loss).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        scales.append(scaler.get_scale())
+    return scales, [b.clone() for b in net.buffers()], int(net.module.norm1.num_batches_tracked)
+
+
+@pytest.mark.gloo
+def test_row_46_a_step_that_the_scaler_skips_skips_no_exchange() -> None:
+    (scales, first, counted), (_, second, _) = run_ranks(_skipped_steps, 2, timeout=60)
+    assert scales == [1024.0, 512.0, 512.0, 512.0]  # one step was skipped, on both ranks
+    assert counted == 4
+    assert all(a.equal(b) and a.isfinite().all() for a, b in zip(first, second, strict=True))
+
+
+def test_row_54_nothing_opens_a_port() -> None:
+    # Ranks find each other through the group that the user made; only run_ranks makes one, over a file and loopback.
+    opening = {"socket", "bind", "listen", "create_server", "TCPStore", "HTTPServer"}
+    for path in PACKAGE.rglob("*.py"):
+        called = {
+            ast.unparse(n.func).rpartition(".")[2]
+            for n in ast.walk(ast.parse(path.read_text()))
+            if isinstance(n, ast.Call)
+        }
+        assert not called & opening, (path, called & opening)
+        assert "init_process_group" not in called or path.name == "ranks.py", path
+        assert "tcp://" not in path.read_text(), path
+
+
+class Hostile(nn.Module):
+    """Does something whenever somebody looks."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        raise AssertionError("conversion called a forward")
+
+    def __repr__(self) -> str:
+        return "\x1b[2J" + "A" * 1_000_000
+
+    def __getattr__(self, name: str) -> Any:
+        if name in ("convert", "forward_pre", "eval_config", "__class_getitem__"):
+            raise AssertionError(f"conversion asked for {name}")
+        return super().__getattr__(name)
+
+
+class Named(nn.BatchNorm1d):
+    """A subclass that calls itself what torch's class is called."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        raise AssertionError("conversion called a forward")
+
+
+Named.__name__ = Named.__qualname__ = "BatchNorm1d"
+Named.__module__ = "torch.nn.modules.batchnorm"
+
+
+def test_row_56_hostile_shared_and_cyclic_modules() -> None:
+    norm, hostile = nn.BatchNorm1d(3), Hostile()
+    hostile.inner = nn.Sequential(norm, Named(3))
+    hostile.again = norm
+    hostile.inner.add_module("up", hostile)  # a cycle
+    for number in range(200):  # deep
+        hostile.inner.add_module(f"n{number}", nn.BatchNorm1d(3))
+    with pytest.warns(UserWarning, match="inner.1"):  # left, and said so: a name is no proof of a class
+        converted = syncnorm.convert(hostile)
+    assert converted is hostile and type(hostile.inner[1]) is Named
+    assert type(norm) is syncnorm.SyncBatchNorm1d and hostile.again is norm is hostile.inner[0]
+    assert sum(syncnorm.modules.is_synced(m) for m in hostile.modules()) == 201
+    assert "\x1b" not in str(syncnorm.plan(hostile))
+    syncnorm.revert(hostile)
+    assert type(norm) is nn.BatchNorm1d
