@@ -27,8 +27,15 @@ _ALLOCATOR = {
     "MALLOC_TOP_PAD_": str(1 << 26),
 }
 
-if __name__ == "__main__" and not all(os.environ.get(key) == value for key, value in _ALLOCATOR.items()):
-    os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **_ALLOCATOR})
+
+def pin_allocator() -> None:
+    """Start this program again with a malloc that keeps its memory, unless it has been."""
+    if not all(os.environ.get(key) == value for key, value in _ALLOCATOR.items()):
+        os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **_ALLOCATOR})
+
+
+if __name__ == "__main__":
+    pin_allocator()
 
 import torch
 

@@ -14,7 +14,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
 import torch
-from bench import interleave, pin_allocator, tensor, walk
+from bench import pin_allocator
+from bench_cases import interleave, tensor, walk
 from torch import Tensor, nn
 
 from syncnorm import modules
@@ -26,11 +27,10 @@ FAMILY = ("BatchRenorm", "GhostBatchNorm", "MovingAverageBatchNorm", "FrozenBatc
 
 def layers(channels: int, ghost: int, backend: str) -> dict[str, Callable[[Tensor], Tensor]]:
     """Every layer that takes images, by name."""
-    sync = modules.SyncBatchNorm2d(channels)
     made: dict[str, Callable[[Tensor], Tensor]] = {
         "nn.BatchNorm2d": nn.BatchNorm2d(channels),
         "F.layer_norm (C,H,W)": lambda x: nn.functional.layer_norm(x, x.shape[1:]),
-        "SyncBatchNorm2d (walk)": lambda x: walk(sync, x, backend),
+        "SyncBatchNorm2d (walk)": walk(channels, backend),
         "BatchRenorm2d": modules.BatchRenorm2d(channels),
         "GhostBatchNorm2d(N/2)": modules.GhostBatchNorm2d(channels, ghost),
         "MovingAverageBatchNorm2d": modules.MovingAverageBatchNorm2d(channels),
