@@ -36,6 +36,10 @@ def broken() -> nn.Module:
     raise RuntimeError("no weights\nin two lines")
 
 
+def without() -> nn.Module:
+    return nn.Sequential(nn.Linear(3, 4))
+
+
 def number() -> int:
     return 3
 

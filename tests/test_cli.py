@@ -1,5 +1,6 @@
 """Tier: no process; two tests start a training on two ranks. The command line and the configs that come with it."""
 
+import argparse
 import os
 import subprocess
 import sys
@@ -12,10 +13,12 @@ import yaml
 
 import syncnorm
 from syncnorm.cli import main
+from syncnorm.cli._main import make_parser
 from syncnorm.conversion import To
 
 ROOT = Path(__file__).resolve().parent.parent
 DEMO = ["-c", str(ROOT / "configs/demo.yaml")]
+LIGHTNING = ("fit", "validate", "test", "predict")
 NORMS = sorted((ROOT / "configs/norm").glob("*.yaml"))
 SMALL = [
     *("--trainer.limit_train_batches=4", "--trainer.limit_val_batches=1", "--trainer.max_epochs=1"),
@@ -56,6 +59,51 @@ def test_wrong_usage_ends_with_2_and_the_commands(arguments: list[str], capsys: 
     if arguments[:1] == ["fitt"]:
         assert "invalid choice: 'fitt'" in said
         assert all(command in said for command in ("fit", "validate", "test", "predict"))
+
+
+def test_every_argument_of_every_command_has_help() -> None:
+    """And every sentence of it comes from the docstring of the command."""
+    (commands,) = (action for action in make_parser()._actions if isinstance(action, argparse._SubParsersAction))
+    assert {"inspect", "verify", "doctor", "convert-ckpt", "build", *LIGHTNING} <= {*commands.choices}
+    for name, parser in commands.choices.items():
+        if name in LIGHTNING:
+            continue  # jsonargparse's, and test_the_help_of_lightnings_commands
+        assert parser.description and all(action.help for action in parser._actions), name
+        assert "--json" in parser.format_help()
+    assert {action.dest for action in commands._choices_actions} == {*commands.choices}
+
+
+@pytest.mark.parametrize("command", LIGHTNING)
+def test_the_help_of_lightnings_commands(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main([command, "--help"])
+    assert stopped.value.code == 0
+    said = capsys.readouterr().out
+    assert "--trainer.devices" in said and "--ckpt_path" in said and "--data" in said
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("trainer: {devices: [1\n", "expected ',' or ']', but got '<stream end>'"),
+        ("trainer: {devises: 1}\n", "devises"),
+        ("trainer: {devices: 1}\ntrainer: {devices: 2}\n", "the key 'trainer' is there twice"),
+        (None, "File does not exist"),
+    ],
+)
+def test_a_malformed_configuration_is_one_line(
+    text: str | None, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    if text is not None:
+        (tmp_path / "bad.yaml").write_text(text)
+    with pytest.raises(SystemExit) as stopped:
+        main(["fit", "-c", "bad.yaml"])
+    assert stopped.value.code == 2
+    captured = capsys.readouterr()
+    assert captured.err.startswith("syncnorm fit: ") and captured.err.count("\n") == 1 and not captured.out
+    assert said in captured.err and captured.err.endswith("(syncnorm fit --help tells more)\n")
+    assert os.listdir() == (["bad.yaml"] if text else [])
 
 
 def test_help_and_version_do_not_load_lightning() -> None:

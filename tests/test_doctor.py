@@ -15,12 +15,15 @@ from torch import nn
 
 import syncnorm
 from syncnorm import cli
+from syncnorm.cli import _console
+from syncnorm.cli._console import show
 from syncnorm.diagnostics import _doctor, _selftest
 from syncnorm.diagnostics._findings import Subject, find
 from syncnorm.distributed import GroupSpec
 from tests.doctor_models import Checkpointed, Own, broken, plain, synced
 
 ROOT = Path(__file__).resolve().parent.parent
+MODELS = ("inspect", "verify", "doctor")  # commands that take one
 
 
 def codes(model: nn.Module, **subject: Any) -> dict[str, tuple[str, ...]]:
@@ -243,18 +246,32 @@ def test_doctor_and_inspect_print_and_count(capsys: pytest.CaptureFixture[str]) 
     assert cli.main(["doctor", "--no-trial"]) == 0
 
 
-def test_colours_only_for_a_terminal_that_wants_them(monkeypatch: pytest.MonkeyPatch) -> None:
-    text = "two ranks\n  ok: equal\n  FAILED: named\n  1. batch-of-one: x"
+def test_drawn_only_for_a_terminal_that_wants_it(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    report = syncnorm.inspect(plain())
+    trial = _doctor.DoctorReport(
+        {}, {}, (_selftest.Trial("a", True, "b", 1), _selftest.Trial("c", False, "d", 1)), (), ()
+    )
     monkeypatch.delenv("NO_COLOR", raising=False)
     monkeypatch.setenv("TERM", "xterm")
-    assert cli._painted(text) == text
+
+    def shown(made: Any) -> str:
+        show(made, as_json=False)
+        return capsys.readouterr().out
+
+    assert shown(report) == f"{report}\n"
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
-    painted = cli._painted(text)
-    assert "\033[32m  ok:\033[0m equal" in painted and painted.count("\033[31m") == 2
-    for name, value in (("NO_COLOR", "1"), ("TERM", "dumb")):
+    assert "\033[1m" in shown(report)
+    assert "\033[32m  ok:\033[0m" in shown(trial) and shown(trial).count("\033[31m") == 1
+    with monkeypatch.context() as patched:
+        patched.setenv("NO_COLOR", "1")
+        assert "\033[3" not in shown(trial)
+        assert shown(trial) == f"{trial}\n"
+    for change in (lambda p: p.setenv("TERM", "dumb"), lambda p: p.setattr(_console, "find_spec", lambda name: None)):
         with monkeypatch.context() as patched:
-            patched.setenv(name, value)
-            assert cli._painted(text) == text
+            change(patched)
+            assert shown(report) == f"{report}\n" and shown(trial) == f"{trial}\n"
 
 
 @pytest.mark.parametrize(
@@ -267,11 +284,12 @@ def test_colours_only_for_a_terminal_that_wants_them(monkeypatch: pytest.MonkeyP
         (["doctor", "tests.doctor_models:broken"], "was called without arguments and raised RuntimeError: no weights."),
         (["doctor", "tests.doctor_models:plain", "--no-trial", "--shape", "4,5"], "the model fails on its input: RuntimeError"),
         (["verify", "tests.doctor_models:plain"], "verify needs an input: let the factory return (model, input)"),
-        (["verify", "tests.doctor_models:synced", "--to", "x"], "to must be one of"),
+        (["verify", "tests.doctor_models:synced", "--to", "x"], "argument --to: invalid choice: 'x' (choose from"),
         (["doctor", "--shape", "4,x"], "must be sizes with commas between them, such as 8,3,224,224; got '4,x'"),
         (["doctor", "--ranks", "0"], "argument --ranks: must be a number from 1, got '0'"),
         (["doctor", "--frobnicate"], "unrecognized arguments: --frobnicate"),
         (["inspect"], "required: pkg.mod:factory"),
+        *(([name, "tests.doctor_models:without"], "makes a Sequential without any normalisation layer.") for name in MODELS),
     ],
 )  # fmt: skip
 def test_wrong_usage_is_one_line_and_2(arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:

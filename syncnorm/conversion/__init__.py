@@ -6,14 +6,17 @@ from syncnorm.conversion._convert import convert
 from syncnorm.conversion._join import join
 from syncnorm.conversion._plan import Entry, Plan, plan
 from syncnorm.conversion._revert import revert
+from syncnorm.conversion._state_dict import ConvertedLayer, convert_state_dict
 from syncnorm.conversion._targets import To
 from syncnorm.conversion._validate import validate_state_dict
 
 __all__ = [
+    "ConvertedLayer",
     "Entry",
     "Plan",
     "To",
     "convert",
+    "convert_state_dict",
     "disabled",
     "join",
     "no_stats_update",

@@ -7,6 +7,7 @@ from importlib.metadata import PackageNotFoundError, version
 import torch
 
 from syncnorm._version import __version__
+from syncnorm.conversion._table import Report
 from syncnorm.diagnostics._findings import Finding, Subject, find
 from syncnorm.diagnostics._selftest import Trial, selftest
 from syncnorm.distributed.collectives import available_backends
@@ -19,7 +20,7 @@ _PACKAGES = ("torch", "lightning", "pytorch-lightning", "torchmetrics", "jsonarg
 
 
 @dataclass(frozen=True)
-class DoctorReport:
+class DoctorReport(Report):
     """What :func:`doctor` found; true if there is nothing to mend. Prints as text.
 
     Attributes:
@@ -41,10 +42,7 @@ class DoctorReport:
         """Whether every trial passed and nothing was found."""
         return all(trial.ok for trial in self.trials) and not self.findings
 
-    def __bool__(self) -> bool:
-        return self.ok
-
-    def __str__(self) -> str:
+    def parts(self) -> list[str]:
         lines = ["environment", *(f"  {name} {value}" for name, value in self.environment.items())]
         for kind, answers in self.backends.items():
             lines.append(f"kernel backends, {kind}")
@@ -55,7 +53,7 @@ class DoctorReport:
         lines.append(f"findings: {len(self.findings) or 'none'}")
         lines += [f"  {number}. {finding}" for number, finding in enumerate(self.findings, 1)]
         lines += [f"not checked: {text}" for text in self.not_checked]
-        return "\n".join(lines)
+        return lines
 
 
 def doctor(subject: Subject | None = None, *, trials: bool = True, timeout: float = 60.0) -> DoctorReport:

@@ -9,7 +9,7 @@ from torch.nn.modules.instancenorm import _InstanceNorm
 from torch.nn.parameter import is_lazy
 
 from syncnorm.conversion._layers import Layer, display, keeps_batch_statistics, origin_of, walk
-from syncnorm.conversion._table import table
+from syncnorm.conversion._table import Report, Table
 from syncnorm.conversion._verdict import judge
 from syncnorm.modules import EvoNormS0, FilterResponseNorm, SyncStatistics
 from syncnorm.modules._mixed_statistics import MixedStatistics
@@ -48,7 +48,7 @@ class NormRow:
 
 
 @dataclass(frozen=True)
-class NormReport:
+class NormReport(Report):
     """The normalisation layers of a model; prints as a table.
 
     Attributes:
@@ -57,9 +57,9 @@ class NormReport:
 
     rows: tuple[NormRow, ...]
 
-    def __str__(self) -> str:
+    def parts(self) -> list[str | Table]:
         if not self.rows:
-            return "no normalisation layer"
+            return ["no normalisation layer"]
         counts = Counter(row.type for row in self.rows)
         head = ", ".join(f"{number} × {kind}" for kind, number in counts.items())
         header = ("layer", "class", "features", "affine", "statistics", "group", "notes")
@@ -70,7 +70,7 @@ class NormReport:
             )
             for row in self.rows
         ]  # fmt: skip
-        return f"{head}\n{table(header, rows)}"
+        return [head, Table(header, rows)]
 
 
 def inspect(model: nn.Module) -> NormReport:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from syncnorm.conversion._layers import display
-from syncnorm.conversion._table import table
+from syncnorm.conversion._table import Report, Table
 from syncnorm.diagnostics._measure import Measured
 
 __all__ = ["VerifyReport", "VerifyRow", "compare"]
@@ -35,7 +35,7 @@ class VerifyRow:
 
 
 @dataclass(frozen=True)
-class VerifyReport:
+class VerifyReport(Report):
     """Whether ranks equal one process; true if they do. Prints as a table.
 
     Attributes:
@@ -67,10 +67,7 @@ class VerifyReport:
                 return row
         return max(self.rows, key=lambda row: row.error)
 
-    def __bool__(self) -> bool:
-        return self.ok
-
-    def __str__(self) -> str:
+    def parts(self) -> list[str | Table]:
         verdict = "equal" if self.ok else "DO NOT EQUAL"
         head = (
             f"{len(self.splits)} ranks of {list(self.splits)} samples {verdict} one process of {sum(self.splits)} "
@@ -83,13 +80,13 @@ class VerifyReport:
             largest = max(rows, key=lambda row: row.error)
             bad = sum(not row.ok for row in rows)
             lines.append((kind, str(len(rows)), str(bad), f"{largest.error:.1e}", largest.name))
-        text = f"{head}\n{table(('what', 'compared', 'differ', 'largest error', 'in'), lines)}"
+        parts: list[str | Table] = [head, Table(("what", "compared", "differ", "largest error", "in"), lines)]
         if not self.ok:
             first = "first layer that differs" if self.worst.kind == _LAYER else f"worst {self.worst.kind}"
-            text += f"\n{first}: {self.worst.name}, error {self.worst.error:.1e}"
             name = self.worst.name.partition(" (call")[0]
-            text += f" ({self.blame[name]})" if name in self.blame else ""
-        return "\n".join([text, *(f"note: {note}" for note in self.notes)])
+            blame = f" ({self.blame[name]})" if name in self.blame else ""
+            parts.append(f"{first}: {self.worst.name}, error {self.worst.error:.1e}{blame}")
+        return [*parts, *(f"note: {note}" for note in self.notes)]
 
 
 def compare(reference: Measured, parts: list[Measured], tolerance: float) -> list[VerifyRow]:

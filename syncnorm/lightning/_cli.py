@@ -1,6 +1,8 @@
 """Lightning's CLI with the digits as its defaults, and without its trust in files."""
 
 import inspect
+import sys
+from argparse import ArgumentError
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -17,12 +19,24 @@ __all__ = ["run"]
 
 
 def run(arguments: list[str] | None) -> None:
-    """Run ``fit``, ``validate``, ``test`` or ``predict``; arguments from ``sys.argv`` where None."""
-    _DigitsCLI(  # any model and any data, or none, by class path
-        parser_kwargs={"prog": "syncnorm", "parser_mode": MODE},
-        save_config_kwargs={"overwrite": True},  # a run without a logger has no folder of its own to keep it in
-        args=arguments,
-    )
+    """Run ``fit``, ``validate``, ``test`` or ``predict``; arguments from ``sys.argv`` where None.
+
+    Raises:
+        SystemExit: With 2 and one line, if the arguments or a configuration cannot be.
+    """
+    try:
+        _DigitsCLI(  # any model and any data, or none, by class path
+            parser_kwargs={"prog": "syncnorm", "parser_mode": MODE, "exit_on_error": False},
+            save_config_kwargs={"overwrite": True},  # a run without a logger has no folder of its own to keep it in
+            args=arguments,
+        )
+    except ArgumentError as error:
+        command = (sys.argv[1:] if arguments is None else arguments)[0]
+        print(
+            f"syncnorm {command}: {' '.join(str(error).split())} (syncnorm {command} --help tells more)",
+            file=sys.stderr,
+        )
+        raise SystemExit(2) from error
 
 
 class _DigitsCLI(LightningCLI):
