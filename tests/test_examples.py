@@ -34,7 +34,7 @@ def assert_torchrun_ddp(text: str) -> None:
     errors = numbers(r"epoch \d/2: test error ([\d.]+) %", text)
     assert len(errors) == 2
     assert errors[-1] < ERROR_PERCENT
-    assert "buffers are bit-identical on 2 ranks: True" in text
+    assert "over ranks [0, 1]: the same bits on all" in text
 
 
 def assert_lightning_fit(text: str) -> None:
