@@ -77,14 +77,22 @@ class Call:
         layer: Its name, or how the errors of ranks tell it apart; empty for a call of a function.
         turn: How often the layer has been called on this rank.
         number: Exchanges that the group had made when it began, the same on all ranks.
+        first: The exchange at which the layer first met: tells layers of two models apart that share a name.
     """
 
-    __slots__ = ("channels", "dtype", "layer", "number", "settings", "turn")
+    __slots__ = ("channels", "dtype", "first", "layer", "number", "settings", "turn")
 
     def __init__(
-        self, layer: str, turn: int, number: int, channels: int, dtype: torch.dtype | None, settings: str = ""
+        self,
+        layer: str,
+        turn: int,
+        number: int,
+        channels: int,
+        dtype: torch.dtype | None,
+        settings: str = "",
+        first: int = 0,
     ) -> None:
-        self.layer, self.turn, self.number = layer, turn, number
+        self.layer, self.turn, self.number, self.first = layer, turn, number, first
         self.channels, self.dtype, self.settings = channels, dtype, settings
 
     def place(self, direction: str) -> str:
@@ -94,7 +102,14 @@ class Call:
 
     def more(self, words: int) -> str:
         """What else ranks compare, for an error where their places look alike."""
-        parts = [self.settings, f"a row of {words} words", f"after {self.number} exchanges", f"syncnorm {__version__}"]
+        met = f"a layer that first met at exchange #{self.first}" if self.first else ""
+        parts = [
+            self.settings,
+            met,
+            f"a row of {words} words",
+            f"after {self.number} exchanges",
+            f"syncnorm {__version__}",
+        ]
         return ", ".join(part for part in parts if part)
 
 
@@ -104,8 +119,8 @@ class _Ledger:
     def __init__(self) -> None:
         self.width = _FIRST_WIDTH
         self.exchanges = 0
-        self.layers: WeakKeyDictionary[Any, list[int]] = WeakKeyDictionary()  # order of first use, forward calls
-        self.first_uses = 0
+        self.layers: WeakKeyDictionary[Any, list[int]] = WeakKeyDictionary()  # first exchange, forward calls
+        self.failed: set[int] = set()  # exchanges; who first met at one of these, alone, did not
         self.deferred: deque[tuple[Tensor, Any, str, int]] = deque()
 
     def fits(self, n: int) -> bool:
@@ -126,8 +141,8 @@ def begin_call(site: object, group: Group, x: Tensor) -> Call | None:
     """The call that a forward over ``group`` begins; None where nothing is compared.
 
     Args:
-        site: The layer. Its name in the model is what :func:`syncnorm.convert` noted; without one, layers are told apart by
-            the order in which they first met.
+        site: The layer. Its name in the model is what :func:`syncnorm.convert` noted; without one, and where two models share
+            names, layers are told apart by when they first met.
         group: The ranks that meet.
         x: The input ``[N, C, *]``.
     """
@@ -138,14 +153,13 @@ def begin_call(site: object, group: Group, x: Tensor) -> Call | None:
     if not isinstance(site, Module):
         return Call("", 0, ledger.exchanges, channels, x.dtype)
     place = ledger.layers.get(site)
-    if place is None:
-        ledger.first_uses += 1
-        place = ledger.layers[site] = [ledger.first_uses, 0]
+    if place is None or place[0] in ledger.failed:
+        place = ledger.layers[site] = [ledger.exchanges + 1, place[1] if place else 0]
     place[1] += 1
     path = site.__dict__.get("_path", "")
-    layer = repr(path) if path else f"{type(site).__name__} (layer {place[0]} by first use)"
+    layer = repr(path) if path else f"{type(site).__name__} (first met at exchange #{place[0]})"
     settings = repr(site) if check_level() == "full" else ""
-    return Call(layer, place[1], ledger.exchanges, channels, x.dtype, settings)
+    return Call(layer, place[1], ledger.exchanges, channels, x.dtype, settings, place[0])
 
 
 def sum_agreed(row: Tensor, group: Group, call: Call | None, direction: str, word: float = 0.0) -> Tensor:
@@ -182,7 +196,11 @@ def sum_agreed(row: Tensor, group: Group, call: Call | None, direction: str, wor
         total = _sum(packed, group, lambda: f"{call.place(direction)}, exchange #{ledger.exchanges + 1}")
         ledger.exchanges += 1
         if _on_host(total):
-            _compare(total.numpy()[-_WORDS:].tolist(), group, call, direction, word, ledger.exchanges, n)
+            try:
+                _compare(total.numpy()[-_WORDS:].tolist(), group, call, direction, word, ledger.exchanges, n)
+            except SyncNormMismatch:
+                ledger.failed.add(ledger.exchanges)
+                raise
         else:
             _compare_later(total[-_WORDS:], group, call.place(direction), ledger)
         if fits:
@@ -263,7 +281,8 @@ def _ledger(group: Group) -> _Ledger:
 
 
 def _hashes(call: Call, direction: str, n: int) -> tuple[float, ...]:
-    text = f"{__version__}|{call.layer}|{direction}|{call.number}|{call.channels}|{call.dtype}|{n}|{call.settings}"
+    where = f"{call.layer}|{call.first}|{direction}|{call.number}"
+    text = f"{__version__}|{where}|{call.channels}|{call.dtype}|{n}|{call.settings}"
     crc = zlib.crc32(text.encode())
     low, high = float(crc & 0xFFFF), float(crc >> 16)
     return low, low * low, high, high * high
