@@ -66,7 +66,7 @@ def group_position(name: str) -> int:
 def group_device(name: str) -> torch.device:
     """A device that the named group can exchange tensors on: CPU where it can, else the current accelerator."""
     devices = find_group(name)._device_types
-    if any(device.type == "cpu" for device in devices):
+    if not devices or any(device.type == "cpu" for device in devices):  # ranks that are threads register none
         return torch.device("cpu")
     return torch.device(devices[0].type, torch.accelerator.current_device_index())
 

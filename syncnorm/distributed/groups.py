@@ -5,9 +5,7 @@ group can be neither copied nor pickled. :func:`resolve` finds the group when it
 """
 
 import hashlib
-import socket
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 from weakref import WeakKeyDictionary
 
@@ -16,6 +14,7 @@ import torch.distributed as dist
 
 from syncnorm.core.traced import constant_while_traced
 from syncnorm.distributed import collectives
+from syncnorm.distributed.processes import host
 from syncnorm.errors import SyncNormError
 
 __all__ = ["LOCAL", "Group", "GroupSpec", "group_spec", "known", "make_subgroups", "resolve"]
@@ -227,10 +226,7 @@ def _partition(spec: GroupSpec, world_name: str, world_size: int) -> list[tuple[
 
 
 def _machine_id() -> int:
-    # The boot id tells containers with one host name apart, the host name machines without a boot id.
-    boot_id = Path("/proc/sys/kernel/random/boot_id")
-    identity = socket.gethostname() + (boot_id.read_text() if boot_id.exists() else "")
-    return int.from_bytes(hashlib.sha256(identity.encode()).digest()[:7], "big")
+    return int.from_bytes(hashlib.sha256(host().encode()).digest()[:7], "big")
 
 
 def _gone(spec: GroupSpec) -> str:

@@ -7,12 +7,9 @@ from one that is stopped and from one that runs other code, and one rank's findi
 
 import json
 import os
-import socket
 import threading
 import time
-from contextlib import suppress
 from datetime import timedelta
-from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -22,6 +19,7 @@ from torch import Tensor
 from syncnorm.distributed.collectives import begin_all_reduce, find_group, group_ranks, group_store, is_initialized
 from syncnorm.distributed.groups import Group
 from syncnorm.distributed.notes import printable
+from syncnorm.distributed.processes import host, identity, is_running
 from syncnorm.distributed.wire.board import Board
 from syncnorm.errors import SyncNormError, SyncNormPeerLost, SyncNormTimeout
 
@@ -54,7 +52,7 @@ def set_watch(seconds: float | None) -> None:
         raise ValueError(f"ranks must wait for some time, got {seconds} seconds. None stops the watch.")
     _patience = seconds
     if seconds is not None and is_initialized():  # so that a rank that ends before it has met anybody is known to have
-        _acquaintances().set(str(dist.get_rank()), json.dumps(_identity()))
+        _acquaintances().set(str(dist.get_rank()), json.dumps(identity()))
 
 
 def is_watching() -> bool:
@@ -95,7 +93,10 @@ def sum_watched(row: Tensor, group: Group, place: str) -> Tensor:
 
 
 class _Post:
-    """This rank's place among the ranks of one group: what it tells them, and what it hears."""
+    """This rank's place among the ranks of one group: what it tells them, and what it hears.
+
+    All that goes through the store does so in a thread: where a link is cut, the store does not answer for minutes.
+    """
 
     def __init__(self, ranks: tuple[int, ...], me: int, name: str, store: Any) -> None:
         self.ranks, self.me, self.name, self.store = ranks, me, name, store
@@ -103,15 +104,15 @@ class _Post:
         self.told: str | None = None
         self.told_kind = ""
         self.heard: dict[int, tuple[int, float]] = {}  # last count of a rank's thread, and when it was new
-        self.seen_alive: set[int] = set()
-        self._count = 0
-        self._identity = _identity()
+        self._count, self._finding = 0, ""
+        self._identity = identity()
         self._write()
         store.wait([str(r) for r in ranks])
-        for rank, record in self._records().items():
-            if _is_running(record):
-                self.seen_alive.add(rank)
-        threading.Thread(target=self._tell, name=f"syncnorm-watch-{name}", daemon=True).start()
+        self.records = self._read()
+        # Kept, for the store may go with the rank that keeps it.
+        self.seen_alive = {r: record for r, record in self.records.items() if is_running(record)}
+        self._asked, self._answered, self._reached = threading.Event(), threading.Event(), True
+        threading.Thread(target=self._serve, name=f"syncnorm-watch-{name}", daemon=True).start()
 
     def enter(self, place: str) -> None:
         if self.told is not None:
@@ -126,43 +127,56 @@ class _Post:
         """What to raise after ``waited`` seconds, if anything; ``broken`` is gloo's own error."""
         deadline = time.monotonic() + (2 * _SILENCE if broken else 0.0)
         while True:
-            if self.told is None:
-                self._listen()
+            gone = [r for r, record in self.seen_alive.items() if r != self.me and not is_running(record)]
+            reached = self._look()  # after the processes: who ends because of a finding has told it
             if self.told is not None:
                 return self._error(self.told_kind, self.told)
-            records = self._records()
-            gone = [r for r in self.seen_alive if r != self.me and not _is_running(records.get(r, {}))]
-            silent = self._silent(records)
-            if broken and not gone:
-                gone = silent  # on another machine, where its process cannot be looked up
+            silent = self._silent()
             if gone:
-                return self._find("lost", f"ranks {gone} are gone: their processes have ended", records, waited)
+                return self._find("lost", f"ranks {gone} are gone: their processes have ended", waited)
+            if broken and silent:
+                return self._find("lost", self._closed(silent), waited)
             if time.monotonic() >= deadline:
                 break
             time.sleep(_TURN)
         if broken:
             text = f"a rank that lives has closed its connection ({broken.split(']')[-1].strip()[:_SHOWN]})"
-            return self._find("lost", text, records, waited)
+            return self._find("lost", text, waited)
         if waited < patience:
             return None
-        late = [r for r in self.ranks if r != self.me and not self._is_here(records.get(r, {}))]
+        return self._find("late", self._late(silent) if reached else self._cut_off(), waited)
+
+    def _closed(self, silent: list[int]) -> str:
+        """A connection is closed, and these ranks are not heard of."""
+        away = [r for r in silent if r not in self.seen_alive]
+        if away:
+            return f"ranks {away} are gone or cut off: their connections are closed and they do not answer"
+        return f"ranks {silent} live, and have left their process group"
+
+    def _late(self, silent: list[int]) -> str:
+        late = [r for r in self.ranks if r != self.me and not self._is_here(self.records.get(r, {}))]
         parts = []
         if frozen := [r for r in late if r in silent]:
             parts.append(f"ranks {frozen} do not answer: stopped, frozen or cut off")
-        if away := [r for r in late if r not in silent and not records.get(r, {}).get("inside")]:
+        if away := [r for r in late if r not in silent and not self.records.get(r, {}).get("inside")]:
             parts.append(f"ranks {away} run code outside of synchronised layers")
         if elsewhere := [r for r in late if r not in silent and r not in away]:
             parts.append(f"ranks {elsewhere} wait in another exchange")
-        return self._find(
-            "late", "; ".join(parts) or "all ranks are here and the exchange does not end", records, waited
+        return "; ".join(parts) or "all ranks are here and the exchange does not end"
+
+    def _cut_off(self) -> str:
+        others = [r for r in self.ranks if r not in self.seen_alive] or [r for r in self.ranks if r != self.me]
+        return (
+            f"this rank is cut off: the store through which ranks hear of each other does not answer, and neither do ranks "
+            f"{others}"
         )
 
     def _is_here(self, record: dict[str, Any]) -> bool:
         return bool(record.get("inside")) and record.get("meetings") == self.meetings
 
-    def _silent(self, records: dict[int, dict[str, Any]]) -> list[int]:
+    def _silent(self) -> list[int]:
         now, silent = time.monotonic(), []
-        for rank, record in records.items():
+        for rank, record in self.records.items():
             count, since = self.heard.get(rank, (-1, now))
             if record.get("count", -1) != count:
                 self.heard[rank] = (record.get("count", -1), now)
@@ -170,43 +184,52 @@ class _Post:
                 silent.append(rank)
         return silent
 
-    def _find(self, kind: str, what: str, records: dict[int, dict[str, Any]], waited: float) -> SyncNormError:
+    def _find(self, kind: str, what: str, waited: float) -> SyncNormError:
         """Tell the others, and make the error."""
-        places = "; ".join(f"rank {r} {_where(record)}" for r, record in sorted(records.items()))
-        text = f"{what}. Waited {waited:.1f} s in {self.place}. A moment ago: {places}. {_GONE}"
-        self.told, self.told_kind = text, kind
-        with suppress(RuntimeError):  # the store may have gone with the rank that kept it
-            self.store.set("failure", json.dumps([kind, text]))
+        places = "; ".join(f"rank {r} {_where(record)}" for r, record in sorted(self.records.items()))
+        known = f"A moment ago: {places}" if self._reached else "The store, which knows where all were, is out of reach"
+        text = f"{what}. Waited {waited:.1f} s in {self.place}. {known}. {_GONE}"
+        self.told, self.told_kind, self._finding = text, kind, json.dumps([kind, text])
+        self._look()
         return self._error(kind, text)
 
     def _error(self, kind: str, text: str) -> SyncNormError:
         return (SyncNormPeerLost if kind == "lost" else SyncNormTimeout)(text)
 
-    def _listen(self) -> None:
-        if self.store.check(["failure"]):
-            kind, text = json.loads(bytes(self.store.get("failure")))
-            self.told, self.told_kind = printable(text, 4000), str(kind)
+    def _look(self) -> bool:
+        """Tell and hear at once; whether the store answered."""
+        self._answered.clear()
+        self._asked.set()
+        return self._reached and self._answered.wait(_SILENCE) and self._reached
 
-    def _records(self) -> dict[int, dict[str, Any]]:
-        try:
-            return {r: json.loads(bytes(self.store.get(str(r)))) for r in self.ranks}
-        except RuntimeError:
-            return {r: {} for r in self.ranks}  # the store went with the rank that kept it
+    def _serve(self) -> None:
+        while find_group_or_none(self.name) is not None:
+            asked = self._asked.wait(_TURN)
+            self._asked.clear()
+            try:
+                if self._finding:
+                    self.store.set("failure", self._finding)
+                self._write()
+                if self.told is None and self.store.check(["failure"]):
+                    kind, text = json.loads(bytes(self.store.get("failure")))
+                    self.told_kind, self.told = str(kind), printable(text, 4000)
+                if asked:
+                    self.records = self._read()
+                    self._answered.set()
+            except (
+                RuntimeError
+            ):  # it went with the rank that kept it, and each further word would be a warning of torch's
+                self._reached = False
+                self._answered.set()
+                return
+
+    def _read(self) -> dict[int, dict[str, Any]]:
+        return {r: json.loads(bytes(self.store.get(str(r)))) for r in self.ranks}
 
     def _write(self) -> None:
         self._count += 1
         own = {"count": self._count, "inside": self.inside, "meetings": self.meetings, "place": self.place[:_SHOWN]}
         self.store.set(str(self.me), json.dumps({**own, **self._identity}))
-
-    def _tell(self) -> None:
-        while find_group_or_none(self.name) is not None:
-            try:
-                self._write()
-                if self.told is None:
-                    self._listen()
-            except RuntimeError:
-                return  # those who wait find out themselves
-            time.sleep(_TURN)
 
 
 _POSTS: WeakKeyDictionary[Any, _Post] = WeakKeyDictionary()
@@ -243,8 +266,10 @@ def _assemble(group: Group, ranks: tuple[int, ...], place: int, patience: float)
     deadline, pause = time.monotonic() + patience, 0.001
     while not store.check(here) and time.monotonic() < deadline:
         told = {rank: json.loads(known.get(str(rank))) for rank in ranks if known.check([str(rank)])}
-        gone = [rank for rank, record in told.items() if record["host"] == _host() and not _is_running(record)]
+        gone = [rank for rank, record in told.items() if record["host"] == host() and not is_running(record)]
         if gone and not store.check(here):
+            # The finding of the first counts: by now it may have ended itself.
+            gone = json.loads(store.compare_set("gone", "", json.dumps(gone)))
             raise SyncNormPeerLost(f"ranks {gone} are gone: their processes have ended. {_GONE}")
         time.sleep(pause)
         pause = min(2 * pause, _TURN)
@@ -271,28 +296,3 @@ def _where(record: dict[str, Any]) -> str:
     if not place:
         return "has met nobody"
     return f"in {place}" if record.get("inside") else f"after {place}"
-
-
-def _identity() -> dict[str, Any]:
-    return {"pid": os.getpid(), "started": _started(os.getpid()), "host": _host()}
-
-
-def _host() -> str:
-    boot = Path("/proc/sys/kernel/random/boot_id")
-    return boot.read_text().strip() if boot.exists() else socket.gethostname()
-
-
-def _started(pid: int) -> str:
-    """When a process began, in ticks since the machine did; empty if it has ended or cannot be seen."""
-    try:
-        state, *fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    except OSError:
-        return ""
-    return "" if state in "ZX" else fields[18]
-
-
-def _is_running(record: dict[str, Any]) -> bool:
-    """Whether the process of a record is seen to run here; a process id may have gone to another one."""
-    if record.get("host") != _host() or not isinstance(record.get("pid"), int):
-        return False
-    return _started(record["pid"]) == record.get("started") != ""

@@ -13,11 +13,11 @@ import secrets
 import threading
 import time
 import weakref
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from syncnorm.distributed.processes import look
 from syncnorm.errors import SyncNormError, SyncNormMismatch, SyncNormPeerLost, SyncNormTimeout
 from syncnorm.kernels import native
 
@@ -47,7 +47,7 @@ def objection() -> str | None:
 
 def this_process() -> Process:
     """This process, as its peers will look for it."""
-    return os.getpid(), _look(os.getpid())[1]
+    return os.getpid(), look(os.getpid())[1]
 
 
 class Shared:
@@ -209,22 +209,13 @@ class Segment:
         for place in self._missing():
             if self._shared.left(place):
                 gone[self._members[place]] = "has left its process group"
-            elif _look(self._processes[place][0])[1] != self._processes[place][1]:
+            elif look(self._processes[place][0])[1] != self._processes[place][1]:
                 gone[self._members[place]] = f"is gone (process {self._processes[place][0]} has died)"
         return gone
 
 
-def _look(pid: int) -> tuple[str, str]:
-    """State letter of a process and when it started; both empty if it is gone, dead but not yet buried included."""
-    try:
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    except OSError:
-        return "", ""
-    return ("", "") if fields[0] in "ZX" else (fields[0], fields[19])
-
-
 def _doing(process: Process) -> str:
-    stopped = _look(process[0])[0] in ("T", "t")
+    stopped = look(process[0])[0] in ("T", "t")
     return f"{'is stopped' if stopped else 'is alive'} (process {process[0]})"
 
 
