@@ -52,8 +52,8 @@ def refuse_nonfinite(local: Moments, moments: Moments, group: Group) -> None:
     else:
         where = "; ".join(f"rank {rank}: channels {_shown(channels)}" for rank, channels in found.items())
     raise SyncNormNonFinite(
-        f"{_TEXT}: {where}. Nothing was changed. Look for NaN or infinity in the input of this layer there, or let it through "
-        "with on_nonfinite='propagate'.",
+        f"{_TEXT}: {where}. Nothing was changed. Look there for NaN or infinity in the input of this layer, or for values "
+        "beyond 1e18, whose squares float32 cannot add up; or let it through with on_nonfinite='propagate'.",
         found,
     )
 

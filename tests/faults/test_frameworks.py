@@ -1,4 +1,4 @@
-"""Tier: no process, and gloo ranks. Rows 46, 54 and 56 of the matrix: a skipped optimizer step, ports, hostile modules."""
+"""Tier: no process, and gloo ranks. A skipped optimizer step, ports, hostile modules."""
 
 import ast
 from pathlib import Path
@@ -38,14 +38,14 @@ def _skipped_steps() -> tuple[list[float], list[Tensor], int]:
 
 
 @pytest.mark.gloo
-def test_row_46_a_step_that_the_scaler_skips_skips_no_exchange() -> None:
+def test_a_step_that_the_scaler_skips_skips_no_exchange() -> None:
     (scales, first, counted), (_, second, _) = run_ranks(_skipped_steps, 2, timeout=60)
     assert scales == [1024.0, 512.0, 512.0, 512.0]  # one step was skipped, on both ranks
     assert counted == 4
     assert all(a.equal(b) and a.isfinite().all() for a, b in zip(first, second, strict=True))
 
 
-def test_row_54_nothing_opens_a_port() -> None:
+def test_nothing_opens_a_port() -> None:
     # Ranks find each other through the group that the user made; only run_ranks makes one, over a file and loopback.
     opening = {"socket", "bind", "listen", "create_server", "TCPStore", "HTTPServer"}
     for path in PACKAGE.rglob("*.py"):
@@ -85,7 +85,7 @@ Named.__name__ = Named.__qualname__ = "BatchNorm1d"
 Named.__module__ = "torch.nn.modules.batchnorm"
 
 
-def test_row_56_hostile_shared_and_cyclic_modules() -> None:
+def test_hostile_shared_and_cyclic_modules() -> None:
     norm, hostile = nn.BatchNorm1d(3), Hostile()
     hostile.inner = nn.Sequential(norm, Named(3))
     hostile.again = norm
