@@ -51,16 +51,21 @@ def fused_rows(arguments: argparse.Namespace) -> Iterator[Row]:
     for threads, dtype, shape, layout in _grid(arguments):
         x, residual, grad = (tensor(shape, dtype, LAYOUTS[layout]) for _ in range(3))
         backend = (arguments.backend or serving(dtype))[0]
-        for name, second in (("BN+ReLU", None), ("BN+add+ReLU", residual)):
-            theirs, fused = nn.BatchNorm2d(shape[1]), walk(shape[1], backend, activation="relu")
+        for name, second in (("BN+ReLU", None), ("BN+add+ReLU", residual), ("BN+leaky_relu, y kept", None)):
+            leaky = "leaky" in name
+            theirs = nn.BatchNorm2d(shape[1])
+            fused = walk(shape[1], backend, activation="leaky_relu" if leaky else "relu", memory_efficient=leaky)
+            act, act_ = (
+                (functional.leaky_relu, functional.leaky_relu_) if leaky else (functional.relu, functional.relu_)
+            )
 
-            def composed(x: Tensor, second: Tensor | None = None, norm: nn.Module = theirs) -> Tensor:
+            def composed(x: Tensor, second: Tensor | None = None, norm: nn.Module = theirs, act: Any = act) -> Tensor:
                 y = norm(x)
-                return functional.relu(y if second is None else y + second)
+                return act(y if second is None else y + second)
 
-            def in_place(x: Tensor, second: Tensor | None = None, norm: nn.Module = theirs) -> Tensor:
+            def in_place(x: Tensor, second: Tensor | None = None, norm: nn.Module = theirs, act_: Any = act_) -> Tensor:
                 y = norm(x)
-                return functional.relu_(y if second is None else y.add_(second))
+                return act_(y if second is None else y.add_(second))
 
             steps = {
                 layer: step(run, x, grad, second)
@@ -68,12 +73,12 @@ def fused_rows(arguments: argparse.Namespace) -> Iterator[Row]:
             }
             if arguments.compile:
                 steps["torch.compile"] = step(torch.compile(composed), x, grad, second)
-            if second is None and dtype == torch.float32 and importlib.util.find_spec("inplace_abn"):
-                from inplace_abn import (
-                    ABN,
-                )  # slower builds of InPlaceABN need CUDA; this is its layer without memory saving
+            if leaky and dtype == torch.float32 and importlib.util.find_spec("inplace_abn"):
+                from inplace_abn import InPlaceABN
 
-                steps["inplace-abn"] = step(ABN(shape[1], activation="relu"), x, grad)
+                peer = InPlaceABN(shape[1], activation_param=0.01)
+                # It writes over its input, which here is a leaf, so it gets a copy: one of about six passes of its own.
+                steps["inplace-abn"] = step(lambda x, peer=peer: peer(x.clone()), x, grad)
             times = interleave(steps, arguments.rounds)
             yield {
                 **_what(threads, dtype, shape, layout),

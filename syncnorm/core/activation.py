@@ -60,6 +60,10 @@ class Activation(NamedTuple):
             return torch.ops.aten.silu_backward(grad, pre)  # type: ignore[no-any-return]
         return torch.ops.aten.gelu_backward(grad, pre)  # type: ignore[no-any-return]
 
+    def inverse(self, y: Tensor) -> Tensor:
+        """What ``y`` was made from; for ``"leaky_relu"`` of a positive slope."""
+        return functional.leaky_relu(y, 1 / self.negative_slope)
+
     def backward_by_sign(self, grad: Tensor, positive: Tensor) -> Tensor:
         """``grad`` times the derivative, from where the input was positive; for the piecewise linear ones."""
         return torch.where(positive, grad, grad * self.negative_slope if self.name == "leaky_relu" else 0.0)
