@@ -62,6 +62,7 @@ from syncnorm.modules import (
 )
 
 if TYPE_CHECKING:
+    from syncnorm.diagnostics import advise as advise
     from syncnorm.diagnostics import verify as verify
     from syncnorm.lightning import PreciseBatchNorm as PreciseBatchNorm
     from syncnorm.lightning import RenormSchedule as RenormSchedule
@@ -111,6 +112,7 @@ __all__ = [
     "WeightStandardizedConv2d",
     "__version__",
     "adapt_batch_norm",
+    "advise",
     "audit",
     "convert",
     "disabled",
@@ -138,6 +140,7 @@ _LAZY = {
     "RenormSchedule": "syncnorm.lightning",
     "SyncNorm": "syncnorm.lightning",
     "SyncNormPlugin": "syncnorm.lightning",
+    "advise": "syncnorm.diagnostics",
     "verify": "syncnorm.diagnostics",  # starts processes, which brings multiprocessing
 }
 

@@ -20,8 +20,8 @@ FLOORS = {
 }
 FLOORS["conversion"] = FLOORS["modules"] | {"modules"}
 FLOORS["calibration"] = FLOORS["modules"] | {"modules"}
-FLOORS["diagnostics"] = FLOORS["conversion"] | {"conversion", "testing"}
-FLOORS["lightning"] = FLOORS["diagnostics"] | {"diagnostics", "calibration"}
+FLOORS["diagnostics"] = FLOORS["conversion"] | {"conversion", "calibration", "testing"}
+FLOORS["lightning"] = FLOORS["diagnostics"] | {"diagnostics"}
 FLOORS["cli"] = FLOORS["lightning"] | {"lightning"}
 
 # Which floors may name which library.

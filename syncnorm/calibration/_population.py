@@ -28,7 +28,7 @@ from syncnorm.kernels import choose
 from syncnorm.modules import SyncStatistics
 from syncnorm.modules._mixed_statistics import MixedStatistics
 
-__all__ = ["Meeting", "Norm", "take_population"]
+__all__ = ["Meeting", "Norm", "Population", "moments_given", "take_population"]
 
 Norm: TypeAlias = _BatchNorm | MixedStatistics
 """A layer that evaluates by running statistics of its input, per channel."""
@@ -91,7 +91,7 @@ def take_population(
             changed then.
         SyncNormMismatch: If another rank failed. Nothing has changed then.
     """
-    population = _Population(layers, groups)
+    population = Population(layers, groups)
     try:
         num_samples = population.measure(model, batches, forward)
     except Exception:
@@ -105,15 +105,32 @@ def take_population(
     return total
 
 
-class _Population:
-    """The moments of what each layer has been given so far on this rank."""
+class Population:
+    """The moments of what each layer has been given so far on this rank.
 
-    def __init__(self, layers: Mapping[str, Norm], groups: Mapping[str, Group] | None) -> None:
+    Args:
+        layers: Norms with running statistics, by name.
+        groups: As in :func:`take_population`.
+        accepts_one_value: Whether a batch of one value per channel, which has no variance, is normalised by the running
+            statistics that the layer came with, and no error.
+        known: By what layers normalise in place of the batch, by name.
+    """
+
+    def __init__(
+        self,
+        layers: Mapping[str, Norm],
+        groups: Mapping[str, Group] | None,
+        *,
+        accepts_one_value: bool = False,
+        known: Mapping[str, Moments] | None = None,
+    ) -> None:
         self.layers, self.groups = layers, groups or {}
+        self.accepts_one_value, self.known = accepts_one_value, known or {}
         self.found = {name: _none(layer) for name, layer in layers.items()}
         averaging = {name: layer for name, layer in layers.items() if groups is not None and _averages(layer)}
         self.averages = {name: _none(layer) for name, layer in averaging.items()}
         self.counts = True
+        self.own: dict[str, dict[str, Tensor | None]] = {}  # the statistics that the layers came with
         self.expected, self.met = list(self.groups), list[str]()  # exchanges of a forward, and those of this one so far
 
     def rows(self) -> list[Tensor]:
@@ -123,8 +140,10 @@ class _Population:
     def measure(self, model: nn.Module, batches: Iterable[tuple[Any, bool]], forward: Forward) -> int:
         """Run all batches; how many samples counted. The model is as before afterwards."""
         training = [(module, module.training) for module in model.modules()]
-        names = ("running_mean", "running_var")
-        statistics = [(layer, {key: layer._buffers.get(key) for key in names}) for layer in self.layers.values()]
+        self.own = {
+            name: {key: layer._buffers[key] for key in ("running_mean", "running_var") if key in layer._buffers}
+            for name, layer in self.layers.items()
+        }
         handles: list[Any] = []
         num_samples = 0
         try:
@@ -142,8 +161,8 @@ class _Population:
         finally:
             for handle in handles:
                 handle.remove()
-            for layer, buffers in statistics:
-                layer._buffers.update({key: value for key, value in buffers.items() if key in layer._buffers})
+            for name, layer in self.layers.items():
+                layer._buffers.update(self.own[name])
             for module, mode in training:
                 module.training = mode
         return num_samples
@@ -170,11 +189,16 @@ class _Population:
             group = self.groups.get(name, LOCAL)
             if x.dim() < 2 or x.size(1) != layer.num_features or not x.is_floating_point():
                 return  # the layer itself says what is wrong
-            local = _moments(layer, x, args, kwargs) if self.counts and x.numel() else moments_of_none(x)
+            local = moments_given(layer, x, args, kwargs) if self.counts and x.numel() else moments_of_none(x)
             if group.size > 1:
                 self.met.append(name)
             call = begin_call(layer, group, x)
             batch = _on_host(exchange_moments(local, group, needs_backward=False, call=call))
+            batch = self.known.get(name, batch)
+            if batch.count == 1 and self.accepts_one_value:
+                layer._buffers.update(self.own[name])
+                self.found[name] = add_moments(self.found[name], _on_host(local))
+                return
             if batch.count == 1 and name not in self.averages:
                 self.expected = []  # all ranks of the exchange raise this
                 raise ValueError(
@@ -203,7 +227,8 @@ def _averages(layer: Norm) -> bool:
     return isinstance(layer, SyncStatistics) and layer.family == "moving_average_batch_norm"
 
 
-def _moments(layer: Norm, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Moments:
+def moments_given(layer: nn.Module, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Moments:
+    """Moments of ``x`` [N, C, *] as the norm ``layer`` takes them: by the mask that it was called with, if there is one."""
     mask = kwargs.get("mask", args[2] if len(args) > 2 else None) if isinstance(layer, SyncStatistics) else None
     if mask is not None:
         return weighted_moments(x, weights_of_mask(x, mask))

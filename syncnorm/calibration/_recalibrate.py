@@ -24,9 +24,9 @@ from syncnorm.modules import BatchNormLSTM, FrozenBatchNorm1d, FrozenBatchNorm2d
 from syncnorm.modules._mixed_statistics import MixedStatistics
 from syncnorm.modules._sharded import is_sharded
 
-__all__ = ["measured_norms", "recalibrate"]
+__all__ = ["FROZEN", "measured_norms", "random_numbers_as_before", "recalibrate"]
 
-_FROZEN = (FrozenBatchNorm1d, FrozenBatchNorm2d, FrozenBatchNorm3d)
+FROZEN = (FrozenBatchNorm1d, FrozenBatchNorm2d, FrozenBatchNorm3d)
 
 
 def recalibrate(
@@ -97,7 +97,7 @@ def recalibrate(
     chosen = _counted(batches, num_batches)
     together = meeting.group.size > 1 and (any(g.size > 1 for g in groups.values()) or _is_sharded(model))
     steps = _in_step(chosen, meeting) if together else ((batch, True) for batch in chosen)
-    with _random_numbers_as_before(batches):
+    with random_numbers_as_before(batches):
         return take_population(
             "recalibrate", model, layers, steps, forward or call_with_first_tensor, meeting, groups=groups
         )
@@ -116,7 +116,7 @@ def measured_norms(model: nn.Module) -> dict[str, Norm]:
     chosen = {
         name: layer
         for name, layer in tracking.items()
-        if not isinstance(layer, _FROZEN) and (layer.training or not trains)
+        if not isinstance(layer, FROZEN) and (layer.training or not trains)
     }
     recurrent = [name for name, module in model.named_modules() if isinstance(module, BatchNormLSTM)]
     if not chosen:
@@ -208,7 +208,7 @@ def _in_step(batches: Iterator[Any], meeting: Meeting) -> Iterator[tuple[Any, bo
 
 
 @contextmanager
-def _random_numbers_as_before(batches: Iterable[Any]) -> Iterator[None]:
+def random_numbers_as_before(batches: Iterable[Any]) -> Iterator[None]:
     """A loader that shuffles, a dataset that augments and a model that samples leave no trace in what comes after."""
     sampler, nested = getattr(batches, "sampler", None), getattr(batches, "batch_sampler", None)
     owners = (batches, sampler, nested, getattr(nested, "sampler", None))

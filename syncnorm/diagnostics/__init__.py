@@ -10,6 +10,9 @@ from syncnorm.diagnostics._explain import explain
 from syncnorm.diagnostics._inspect import NormReport, NormRow, inspect
 
 if TYPE_CHECKING:
+    from syncnorm.diagnostics._advice import Advice as Advice
+    from syncnorm.diagnostics._advice import AdviceRow as AdviceRow
+    from syncnorm.diagnostics._advise import advise as advise
     from syncnorm.diagnostics._doctor import DoctorReport as DoctorReport
     from syncnorm.diagnostics._doctor import doctor as doctor
     from syncnorm.diagnostics._findings import Finding as Finding
@@ -19,6 +22,8 @@ if TYPE_CHECKING:
     from syncnorm.diagnostics._verify import verify as verify
 
 __all__ = [
+    "Advice",
+    "AdviceRow",
     "AuditReport",
     "DoctorReport",
     "Drift",
@@ -30,6 +35,7 @@ __all__ = [
     "Subject",
     "VerifyReport",
     "VerifyRow",
+    "advise",
     "audit",
     "doctor",
     "explain",
@@ -39,8 +45,11 @@ __all__ = [
 ]
 
 
-# They need what starts ranks, which nothing else here does.
+# They need what starts ranks, or torchmetrics, or are needed once in a model's life.
 _LAZY = {
+    "Advice": "_advice",
+    "AdviceRow": "_advice",
+    "advise": "_advise",
     "DoctorReport": "_doctor",
     "Finding": "_findings",
     "Subject": "_findings",

@@ -1,0 +1,248 @@
+"""Does this model need synchronised statistics, or another norm? Measured on its own batches, layer by layer.
+
+The model runs as for precise batch norm, in evaluation mode, so that nothing random happens and nothing has to meet; what
+ranks saw is merged in one gather at the end.
+"""
+
+# L layers, C channels of all layers together, R ranks
+
+import math
+from collections.abc import Iterable, Iterator
+from itertools import chain, islice
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from syncnorm.calibration._layers import Forward, call_with_first_tensor, unwrap
+from syncnorm.calibration._population import Meeting, Population
+from syncnorm.calibration._recalibrate import random_numbers_as_before
+from syncnorm.conversion._select import Patterns
+from syncnorm.diagnostics._advice import Advice, AdviceRow, Decision, Evidence, decide
+from syncnorm.diagnostics._exchange_cost import step_cost
+from syncnorm.diagnostics._norm_probe import NormProbe, is_centred, running_rows
+from syncnorm.diagnostics._norm_rows import Input, between_share, evaluation_gap, merge_rows, over_channels
+from syncnorm.distributed.groups import _machine_id, group_spec, resolve
+from syncnorm.modules import SyncStatistics
+from syncnorm.modules._mixed_statistics import MixedStatistics
+
+__all__ = ["advise"]
+
+_FEW_BATCHES = 8  # with fewer, the noise between them is a guess
+
+
+def advise(
+    model: nn.Module,
+    batches: Iterable[Any],
+    num_batches: int | None = 32,
+    *,
+    ranks: int | None = None,
+    ranks_per_node: int | None = None,
+    forward: Forward | None = None,
+    include: Patterns = None,
+    exclude: Patterns = None,
+    process_group: object = "world",
+) -> Advice:
+    """Measure whether batch norms have enough samples behind their statistics, and say for each what to do if not.
+
+    For every layer: how many values share a statistic; how noisy the means of single batches are, the between-batch share of
+    the variance; so how many independent values that is (neighbouring pixels are not independent, nor are samples that were
+    not drawn at random); and how far its running statistics are from these batches. A rule with documented thresholds
+    (docs/choosing.md) makes of it one of: leave, synchronise over the ranks of a node or all, a ghost batch size, batch
+    renorm, GroupNorm, freeze; with the reason and with what it costs in collectives and bytes per step.
+
+    The model runs on the batches without gradients and in evaluation mode, each norm by the statistics of the first eight
+    batches together, so that a layer's noise is its own and not that of the layers before it. It is exactly as before
+    afterwards: buffers, modes, hooks, random numbers. Call it on all ranks of ``process_group``, which may have different
+    numbers of batches, or in one process for ranks that are yet to come.
+
+    Args:
+        model: Any model; one wrapped in DDP or ``torch.compile`` too.
+        batches: What one rank trains on, as large as there and in that order: an iterable, such as a DataLoader, of inputs or
+            of tuples or lists that begin with one.
+        num_batches: At most so many per rank; None for all. With fewer than 8 the noise is a guess, with 1 it is not known.
+        ranks: How many will train together; by default those of ``process_group``.
+        ranks_per_node: How many of them on one machine; by default as they are now, or all.
+        forward: How the model is called, ``forward(model, batch)``; by default with the input, on its device.
+        include: Only these layers; globs, types or predicates, as in :func:`syncnorm.convert`.
+        exclude: Leave these out.
+        process_group: The ranks that measure, as in :class:`syncnorm.SyncBatchNorm`.
+
+    Returns:
+        An :class:`Advice`; ``print`` it.
+
+    Raises:
+        ValueError: If the model has no batch norm, no rank has a sample, or a number is not positive. Nothing has changed then.
+        TypeError: If a batch is not a tensor and does not begin with one, and ``forward`` is not given.
+        SyncNormMismatch: If another rank raised an error over its batches, or has another model.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3))
+        >>> [row.action for row in advise(model, torch.randn(64, 2).split(2)).rows]
+        ['GroupNorm']
+    """
+    model = unwrap(model)
+    for name, number in (("num_batches", num_batches), ("ranks", ranks), ("ranks_per_node", ranks_per_node)):
+        if number is not None and (isinstance(number, bool) or not isinstance(number, int) or number < 1):
+            raise ValueError(f"advise: {name} must be a whole number of at least 1, or None; got {number!r}.")
+    meeting = Meeting(resolve(group_spec(process_group)))
+    try:
+        probe = NormProbe(model, include, exclude, per_sample=True)
+        with random_numbers_as_before(batches):
+            found, count = _measure(model, probe, islice(batches, num_batches), forward or call_with_first_tensor)
+    except Exception:
+        meeting.refuse()
+        raise
+    head = torch.tensor([float(_machine_id() % 2**40), float(count)], dtype=torch.float64)
+    mine = torch.cat([found, torch.cat([_own_rows(layer) for layer in probe.layers.values()], 1)])
+    told = meeting.gather(torch.cat([head, mine.flatten()]))
+    rows, total = merge_rows(told[:, 2:].view(-1, *mine.shape)), int(told[:, 1].sum())
+    if not rows[Input.COUNT].any():
+        raise ValueError(
+            "advise needs at least one batch with samples on some rank, got none. Check the loader's length; an iterator "
+            "that has been read is empty."
+        )
+    machines = told[:, 0].tolist()
+    ranks = ranks or len(machines)
+    here = min(machines.count(machine) for machine in machines) if len(machines) > 1 else ranks
+    return _advice(model, probe, rows, total, ranks, min(ranks_per_node or here, ranks))
+
+
+def _measure(model: nn.Module, probe: NormProbe, batches: Iterator[Any], forward: Forward) -> tuple[Tensor, int]:
+    """What the layers were given, ``[8, C]``, and the number of batches."""
+    found = torch.zeros(len(Input), sum(probe.num_features), dtype=torch.float64)
+    count = 0
+
+    def step(model: nn.Module, batch: Any) -> None:
+        nonlocal found, count
+        with probe:
+            forward(model, batch)
+        assert probe.reading is not None
+        found = merge_rows(torch.stack([found, probe.reading.inputs.cpu()]))
+        count += 1
+
+    # To normalise by the batch would hide from the next layer how far its mean is off: what a layer is given must not depend
+    # on who else is in the batch. So first a few batches each by itself, and then all of them by what was found.
+    first = list(islice(batches, _FEW_BATCHES))
+    lending: dict[str, Any] = {n: layer for n, layer in probe.layers.items() if not _why_fixed(layer, model)}
+    by_batch = Population(lending, None, accepts_one_value=True)
+    by_batch.measure(model, ((batch, True) for batch in first), forward)
+    known = {name: moments for name, moments in by_batch.found.items() if moments.count > 1}
+    Population(lending, None, known=known).measure(model, ((batch, True) for batch in chain(first, batches)), step)
+    return found, count
+
+
+def _advice(model: nn.Module, probe: NormProbe, rows: Tensor, total: int, ranks: int, per_node: int) -> Advice:
+    evidence = _evidence(model, probe, rows)
+    decisions = [decide(found, ranks, per_node) for found, _ in evidence]
+    layers, features = list(probe.layers.values()), probe.num_features
+    costs = _costs(layers, features, [found for found, _ in evidence], decisions, ranks)
+    told = zip(probe.names, layers, features, evidence, decisions, costs, strict=True)
+    made = tuple(
+        AdviceRow(
+            name=name, type=type(layer).__name__, features=channels, samples=found.samples,
+            values=found.values * found.share, independent=found.independent, noise=noise, gap=found.gap,
+            action=decision.action, reason=decision.reason, options=decision.options, exchanges=cost[0], num_bytes=cost[1],
+        )
+        for name, layer, channels, (found, noise), decision, cost in told
+    )  # fmt: skip
+    notes = []
+    if total == 1:
+        notes.append("one batch cannot tell how noisy its means are: values count as independent. Give 8 or more")
+    elif total < _FEW_BATCHES:
+        notes.append(f"{total} batches tell little of the noise between them. Give 8 or more")
+    if ranks == 1 and any(row.action != "leave" for row in made):
+        notes.append("for several ranks ask again with ranks=…")
+    return Advice(made, total, ranks, per_node, tuple(notes))
+
+
+def _evidence(model: nn.Module, probe: NormProbe, rows: Tensor) -> list[tuple[Evidence, float | None]]:
+    features = probe.num_features
+
+    def mean(values: Tensor) -> list[float | None]:
+        means = over_channels(values, features, torch.mean).tolist()
+        return [None if math.isnan(value) else value for value in means]
+
+    parts = rows[Input.PARTS].clamp(min=1)
+    noise = mean(between_share(rows, Input.WITHIN, Input.PARTS))
+    # That of n values drawn at random is 1/n: the mean of the parts' means takes one degree of freedom.
+    free = mean(between_share(rows, Input.WITHIN, Input.PARTS) * parts / (parts - 1))
+    among = mean(between_share(rows, Input.WITHIN_SAMPLES, Input.SAMPLES))
+    values, samples = mean(rows[Input.COUNT] / parts), mean(rows[Input.SAMPLES] / parts)
+    evidence = []
+    running = rows[len(Input) :]
+    gaps, seen = mean(evaluation_gap(rows, running)), mean(running[4] / running[0])
+    for at, layer in enumerate(probe.layers.values()):
+        number, size = values[at] or 0.0, samples[at] or 0.0
+        drawn = free[at]
+        independent = number if drawn is None else min(number, 1 / max(drawn, 1e-12))
+        # Of maps the values within a sample are not independent, and batches are no worse for that.
+        skew = None if drawn is None or not among[at] else drawn * size / (among[at] or 1.0)
+        found = Evidence(
+            samples=size,
+            values=number,
+            independent=independent,
+            skew=skew,
+            share=_share(layer, size),
+            gap=gaps[at] if is_centred(layer) else None,
+            seen=int(seen[at] or 0),
+            fixed=_why_fixed(layer, model) or ("" if number else "no sample reached it"),
+            family=getattr(layer, "family", "batch_norm"),
+        )
+        evidence.append((found, noise[at]))
+    return evidence
+
+
+def _why_fixed(layer: Any, model: nn.Module) -> str:
+    family = getattr(layer, "family", "")
+    if family == "frozen_batch_norm":
+        return "its statistics are frozen"
+    if family == "moving_average_batch_norm":
+        return "it normalises by the last batches together"
+    if isinstance(layer, MixedStatistics):
+        return "its batch statistics are one part among others"
+    if not layer.training and getattr(model, "_orig_mod", model).training:
+        return "it is in evaluation mode while the model trains"
+    return ""
+
+
+def _share(layer: Any, samples: float) -> float:
+    """Ranks' batches behind one statistic when the layer trains."""
+    size = 1
+    if isinstance(layer, SyncStatistics):
+        size = resolve(layer._group_spec).size if layer._sync else 1
+    elif isinstance(layer, nn.SyncBatchNorm):
+        size = resolve(group_spec(layer.process_group)).size
+    ghost = getattr(layer, "virtual_batch_size", None)
+    return float(size) if ghost is None else min(ghost / max(samples, 1.0), float(size))
+
+
+def _own_rows(layer: Any) -> Tensor:
+    """Running statistics ``[4, C]``, and a row with the number of batches that they have seen."""
+    rows = running_rows(layer).cpu()
+    counter = layer._buffers.get("num_batches_tracked")
+    return torch.cat([rows, rows[:1] * (0 if counter is None else int(counter))])
+
+
+def _costs(
+    layers: list[nn.Module], features: tuple[int, ...], evidence: list[Evidence], decisions: list[Decision], ranks: int
+) -> list[tuple[int, int]]:
+    """Exchanges and bytes of each layer in a step, if the decisions are taken."""
+    costs = [(0, 0)] * len(layers)
+    circles: dict[str, list[tuple[int, list[int]]]] = {}
+    for at, (found, decision) in enumerate(zip(evidence, decisions, strict=True)):
+        forward, backward = 2 * features[at] + 1, 2 * features[at]
+        circle = str(decision.options.get("process_group", "world"))
+        if decision.action == "leave":
+            met = found.share > 1 and found.family != "frozen_batch_norm"
+            words = [forward, backward] if met else []
+        elif decision.action in ("freeze", "GroupNorm") or ranks == 1:
+            words = []
+        else:
+            words = [forward] if decision.action == "ghost" else [forward, backward]
+        if words:
+            circles.setdefault(circle, []).append((at, words))
+    for members in circles.values():
+        for (at, _), cost in zip(members, step_cost([words for _, words in members]), strict=True):
+            costs[at] = cost
+    return costs
