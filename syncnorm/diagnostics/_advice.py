@@ -5,11 +5,12 @@ The thresholds are those of docs/choosing.md, which says where each comes from; 
 
 import dataclasses
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 from syncnorm.conversion._plan import shorten
-from syncnorm.conversion._table import table
+from syncnorm.conversion._table import Report, Table
 
 __all__ = ["THRESHOLDS", "Action", "Advice", "AdviceRow", "Decision", "Evidence", "decide"]
 
@@ -160,7 +161,7 @@ class AdviceRow:
 
 
 @dataclass(frozen=True)
-class Advice:
+class Advice(Report):
     """What :func:`advise` found; true if everything may stay as it is. Prints as a table.
 
     Attributes:
@@ -181,9 +182,6 @@ class Advice:
     def ok(self) -> bool:
         """Whether every layer may be left as it is."""
         return all(row.action == "leave" for row in self.rows)
-
-    def __bool__(self) -> bool:
-        return self.ok
 
     @property
     def exchanges(self) -> int:
@@ -213,7 +211,8 @@ class Advice:
             for options, names in kinds.items()
         ]
 
-    def __str__(self) -> str:
+    def parts(self) -> Iterator[str | Table]:
+        """What to do, the table, what it costs, how it is done."""
         header = ("layer", "class", "channels", "samples", "values", "independent", "noise", "gap", "do", "because")
         lines = [
             (
@@ -227,10 +226,11 @@ class Advice:
         actions = dict.fromkeys(row.action for row in self.rows)
         named = {action: [row.name for row in self.rows if row.action == action] for action in actions}
         said = "; ".join(f"{action}: {shorten(names)}" for action, names in named.items())
-        text = [f"{over}: {said}", table(header, lines)]
-        text.append(f"cost of a step then: {self.exchanges} exchanges, {self.num_bytes:,} bytes handed over by a rank")
-        text += [f"do: {command}" for command in self.commands()]
-        return "\n".join([*text, *(f"note: {note}" for note in self.notes)])
+        yield f"{over}: {said}"
+        yield Table(header, lines)
+        yield f"cost of a step then: {self.exchanges} exchanges, {self.num_bytes:,} bytes handed over by a rank"
+        yield from (f"do: {command}" for command in self.commands())
+        yield from (f"note: {note}" for note in self.notes)
 
 
 def _count(number: float) -> str:
