@@ -1,8 +1,10 @@
 """Tier: gloo ranks. A rank that is killed, stopped, stuck or done is named on every other rank, with where all of them were."""
 
+import atexit
 import os
 import re
 import signal
+import threading
 import time
 from datetime import timedelta
 from typing import Any
@@ -110,6 +112,22 @@ def _leaves_the_world_usable() -> list[Any]:
 @pytest.mark.gloo
 def test_the_group_it_stands_beside_stays_usable() -> None:
     assert run_ranks(_leaves_the_world_usable, 2, timeout=60) == [["SyncNormTimeout", 2.0], ["", 2.0]]
+
+
+def _threads_before_and_after_the_end() -> list[int]:
+    def watching() -> int:
+        return sum(thread.name.startswith("syncnorm-watch") for thread in threading.enumerate())
+
+    syncnorm.set_watch(5.0)
+    syncnorm.SyncBatchNorm1d(8)(torch.randn(4, 8))
+    before = watching()
+    atexit._run_exitfuncs()
+    return [before, watching()]
+
+
+@pytest.mark.gloo
+def test_the_thread_ends_before_python_does() -> None:
+    assert run_ranks(_threads_before_and_after_the_end, 2, timeout=60) == [[1, 0], [1, 0]]
 
 
 def test_seconds_must_be_positive() -> None:

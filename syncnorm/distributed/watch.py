@@ -5,13 +5,14 @@ writes where it is to the store that the ranks found each other by, so that thos
 from one that is stopped and from one that runs other code, and one rank's finding reaches all.
 """
 
+import atexit
 import json
 import os
 import threading
 import time
 from datetime import timedelta
 from typing import Any
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, WeakSet
 
 import torch.distributed as dist
 from torch import Tensor
@@ -112,7 +113,10 @@ class _Post:
         # Kept, for the store may go with the rank that keeps it.
         self.seen_alive = {r: record for r, record in self.records.items() if is_running(record)}
         self._asked, self._answered, self._reached = threading.Event(), threading.Event(), True
-        threading.Thread(target=self._serve, name=f"syncnorm-watch-{name}", daemon=True).start()
+        self._over = False
+        _SERVED.add(self)
+        self._thread = threading.Thread(target=self._serve, name=f"syncnorm-watch-{name}", daemon=True)
+        self._thread.start()
 
     def enter(self, place: str) -> None:
         if self.told is not None:
@@ -122,6 +126,12 @@ class _Post:
 
     def leave(self) -> None:
         self.inside = False
+
+    def end(self) -> None:
+        """Let the thread come to its end, if the store lets go of it."""
+        self._over = True
+        self._asked.set()
+        self._thread.join(_SILENCE)
 
     def failure(self, waited: float, broken: str | None, patience: float) -> SyncNormError | None:
         """What to raise after ``waited`` seconds, if anything; ``broken`` is gloo's own error."""
@@ -203,7 +213,7 @@ class _Post:
         return self._reached and self._answered.wait(_SILENCE) and self._reached
 
     def _serve(self) -> None:
-        while find_group_or_none(self.name) is not None:
+        while not self._over and find_group_or_none(self.name) is not None:
             asked = self._asked.wait(_TURN)
             self._asked.clear()
             try:
@@ -233,7 +243,14 @@ class _Post:
 
 
 _POSTS: WeakKeyDictionary[Any, _Post] = WeakKeyDictionary()
-_LOCK = threading.Lock()
+_SERVED: WeakSet[_Post] = WeakSet()
+
+
+@atexit.register
+def _end_all() -> None:
+    # A thread that comes back from the store when Python has ended takes the process with it (std::terminate).
+    for post in list(_SERVED):
+        post.end()
 
 
 def _post(group: Group, where: str, patience: float) -> _Post:
