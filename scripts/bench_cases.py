@@ -3,8 +3,6 @@
 import argparse
 import importlib.util
 import statistics
-import sys
-import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -13,9 +11,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import syncnorm
-from syncnorm.distributed.groups import LOCAL
-from syncnorm.functional import sync_batch_norm
-from syncnorm.kernels import objections
+from syncnorm.cli._console import progress
+from syncnorm.diagnostics import _timing as timing
+from syncnorm.diagnostics._timing import Times, refuse_if_wrong, serving, spread, step, tensor, walk
 
 SHAPES = [(32, 64, 56, 56), (32, 256, 14, 14), (8, 1024, 7, 7)]
 LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
@@ -40,7 +38,7 @@ def layer_rows(arguments: argparse.Namespace) -> Iterator[Row]:
         yield {
             **_what(threads, dtype, shape, layout),
             "torch µs": f"{statistics.median(times['torch']) * 1e6:.0f}",
-            **{name: spread(times, name, "torch") for name in steps if name != "torch"},
+            **{name: str(spread(times, name, "torch")) for name in steps if name != "torch"},
             f"copies, {best}": f"{statistics.median(times[best]) / copy:.1f}",
             "copy GB/s": f"{moved / copy / 1e9:.1f}",
         }
@@ -85,10 +83,10 @@ def fused_rows(arguments: argparse.Namespace) -> Iterator[Row]:
                 "layers": name,
                 "torch µs": f"{statistics.median(times['torch']) * 1e6:.0f}",
                 "backend": backend,
-                "ours": spread(times, backend, "torch"),
-                "ours / torch in place": spread(times, backend, "in place"),
-                "compiled torch": spread(times, "torch.compile", "torch") if arguments.compile else "–",
-                "inplace-abn": spread(times, "inplace-abn", "torch") if "inplace-abn" in times else "–",
+                "ours": str(spread(times, backend, "torch")),
+                "ours / torch in place": str(spread(times, backend, "in place")),
+                "compiled torch": str(spread(times, "torch.compile", "torch")) if arguments.compile else "–",
+                "inplace-abn": str(spread(times, "inplace-abn", "torch")) if "inplace-abn" in times else "–",
             }
 
 
@@ -121,7 +119,7 @@ def row_norm_rows(arguments: argparse.Namespace) -> Iterator[Row]:
                     yield {
                         "threads": threads, "dtype": _name(dtype), "shape": f"({rows}, {width})", "layout": "",
                         "ours": name, "against": peer,
-                        "torch µs": f"{statistics.median(times[peer]) * 1e6:.0f}", "ratio": spread(times, name, peer),
+                        "torch µs": f"{statistics.median(times[peer]) * 1e6:.0f}", "ratio": str(spread(times, name, peer)),
                     }  # fmt: skip
             for shape in arguments.shapes:
                 for layout, memory_format in LAYOUTS.items():
@@ -135,7 +133,8 @@ def row_norm_rows(arguments: argparse.Namespace) -> Iterator[Row]:
                     yield {
                         "threads": threads, "dtype": _name(dtype), "shape": str(shape), "layout": layout,
                         "ours": "GroupNorm-32", "against": "F.group_norm",
-                        "torch µs": f"{statistics.median(times['torch']) * 1e6:.0f}", "ratio": spread(times, "ours", "torch"),
+                        "torch µs": f"{statistics.median(times['torch']) * 1e6:.0f}",
+                        "ratio": str(spread(times, "ours", "torch")),
                     }  # fmt: skip
 
 
@@ -160,7 +159,7 @@ def eval_rows(arguments: argparse.Namespace) -> Iterator[Row]:
                 **_what(threads, dtype, shape, layout),
                 "mode": mode,
                 "F.batch_norm µs": f"{statistics.median(times['torch']) * 1e6:.0f}",
-                "ratio": spread(times, "ours", "torch", digits=3),
+                "ratio": spread(times, "ours", "torch").text(3),
                 "difference µs": f"{extra * 1e6:.1f}",
             }
 
@@ -203,80 +202,10 @@ def saved(layer: Layer, inputs: list[Tensor]) -> int:
     return sum(kept.values())
 
 
-def walk(channels: int, backend: str, **options: Any) -> Layer:
-    """The synchronised path in a group of one, where the module itself may leave the work to torch."""
-    layer = nn.BatchNorm2d(channels)
-
-    def run(x: Tensor, residual: Tensor | None = None) -> Tensor:
-        return sync_batch_norm(
-            x, layer.running_mean, layer.running_var, layer.weight, layer.bias, training=True, momentum=layer.momentum,
-            eps=layer.eps, num_batches_tracked=layer.num_batches_tracked, group=LOCAL, backend=backend, residual=residual,
-            **options,
-        )  # fmt: skip
-
-    return run
-
-
-def serving(dtype: torch.dtype, *, reference: bool = True) -> list[str]:
-    """Backends that take an input of that dtype on this machine."""
-    answers = objections(torch.empty(2, 2, 2, dtype=dtype))
-    return [name for name, reason in answers.items() if reason is None and (reference or name != "reference")]
-
-
-def tensor(shape: tuple[int, ...], dtype: torch.dtype, memory_format: torch.memory_format) -> Tensor:
-    """Random data: constant tensors flatter a memory-bound kernel."""
-    return torch.randn(shape).to(dtype).to(memory_format=memory_format)
-
-
-def step(layer: Layer, x: Tensor, grad: Tensor, residual: Tensor | None = None) -> Callable[[], tuple[Tensor, Tensor]]:
-    """Forward and backward."""
-    leaves = [t.clone(memory_format=torch.preserve_format).requires_grad_() for t in (x, residual) if t is not None]
-
-    def run() -> tuple[Tensor, Tensor]:
-        for leaf in leaves:
-            leaf.grad = None
-        y = layer(*leaves)
-        y.backward(grad)
-        assert leaves[0].grad is not None
-        return y.detach(), leaves[0].grad
-
-    return run
-
-
-def refuse_if_wrong(theirs: tuple[Tensor, Tensor], ours: tuple[Tensor, Tensor], x: Tensor, grad: Tensor) -> None:
-    """Exit unless output and input gradient agree with float64 about as well as torch's do."""
-    leaf = x.double().requires_grad_()
-    y = functional.batch_norm(leaf, None, None, None, None, True, 0.0, 1e-5)
-    (dx,) = torch.autograd.grad(y, leaf, grad.double())
-    for name, exact, a, b in zip(("output", "input gradient"), (y, dx), theirs, ours, strict=True):
-        bound = 2 * (a - exact).abs().max() + 4 * torch.finfo(x.dtype).eps * exact.abs().max()
-        if (b - exact).abs().max() > bound:
-            raise SystemExit(f"not timed: {name} is off by {(b - exact).abs().max():.2e}, allowed {bound:.2e}")
-
-
-def interleave(cases: dict[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
-    """Seconds per call: every case once a round, after two rounds of warm-up."""
-    # On one thread its own CPU time, which other processes do not lengthen.
-    clock = time.thread_time if torch.get_num_threads() == 1 else time.perf_counter
-    times: dict[str, list[float]] = {name: [] for name in cases}
-    progress = sys.stderr.isatty()
-    for round_number in range(rounds + 2):
-        for name, run in cases.items():
-            start = clock()
-            run()
-            if round_number >= 2:
-                times[name].append(clock() - start)
-        if progress:
-            print(f"\r  round {round_number + 1}/{rounds + 2} ", end="", file=sys.stderr)
-    if progress:
-        print("\r" + " " * 24 + "\r", end="", file=sys.stderr)
-    return times
-
-
-def spread(times: dict[str, list[float]], ours: str, theirs: str, digits: int = 2) -> str:
-    """Median of the paired ratios, and between which values the middle half of them lies."""
-    low, ratio, high = statistics.quantiles((b / a for a, b in zip(times[theirs], times[ours], strict=True)), n=4)
-    return f"{ratio:.{digits}f} [{low:.{digits}f}–{high:.{digits}f}]"
+def interleave(cases: dict[str, Callable[[], object]], rounds: int) -> Times:
+    """Seconds per call: every case once a round, with a count of the rounds on a terminal."""
+    with progress("  round", rounds + 2) as advance:
+        return timing.interleave(cases, rounds, advance)
 
 
 def _sync(**options: Any) -> nn.Module:

@@ -2,24 +2,21 @@
 
 import argparse
 import statistics
-import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from bench_cases import LAYOUTS, Row, spread, step, tensor
+from bench_cases import LAYOUTS, Row
 from torch import Tensor, nn
 
 import syncnorm
+from syncnorm.cli._bench_ranks import WAYS, interleave_ranks, layers, ways
+from syncnorm.diagnostics._timing import Times, spread, step, tensor
 from syncnorm.distributed.agreement import begin_call, sum_agreed
 from syncnorm.distributed.groups import GroupSpec, resolve
 from syncnorm.distributed.wire import sum_row
 from syncnorm.testing import run_ranks
-
-_WAYS = ("collective", "shm")
-_BLOCK = 5
-Times = dict[str, list[float]]
 
 
 def exchange_rows(arguments: argparse.Namespace) -> Iterator[Row]:
@@ -27,13 +24,13 @@ def exchange_rows(arguments: argparse.Namespace) -> Iterator[Row]:
     for ranks in (2, 4):
         for channels in (64, 1024):
             times = _first(ranks, exchange_times, channels, 20 * arguments.rounds)
-            for way in (w for w in _WAYS if f"{w} inline" in times):
+            for way in (w for w in WAYS if f"{w} inline" in times):
                 yield {
                     "ranks": ranks, "channels": channels, "way": "gloo" if way == "collective" else way,
                     "bare all_reduce µs": f"{statistics.median(times['bare']) * 1e6:.0f}",
                     "unchecked µs": f"{statistics.median(times[f'{way} off']) * 1e6:.1f}",
                     "checked µs": f"{statistics.median(times[f'{way} inline']) * 1e6:.1f}",
-                    "checked / bare": spread(times, f"{way} inline", "bare"),
+                    "checked / bare": str(spread(times, f"{way} inline", "bare")),
                     "row alone µs": f"{statistics.median(times[f'{way} row']) * 1e6:.1f}",
                 }  # fmt: skip
 
@@ -52,10 +49,10 @@ def rank_rows(arguments: argparse.Namespace) -> Iterator[Row]:
                         "layout": layout,
                     }
                     row["local nn.BatchNorm2d µs"] = f"{statistics.median(times['local']) * 1e6:.0f}"
-                    row["shm"] = spread(times, "shm", "local") if "shm" in times else "–"
-                    row["gloo"] = spread(times, "collective", "local")
-                    row["textbook, gloo"] = spread(times, "textbook", "local")
-                    row["textbook / ours, gloo"] = spread(times, "textbook", "collective")
+                    row["shm"] = str(spread(times, "shm", "local")) if "shm" in times else "–"
+                    row["gloo"] = str(spread(times, "collective", "local"))
+                    row["textbook, gloo"] = str(spread(times, "textbook", "local"))
+                    row["textbook / ours, gloo"] = str(spread(times, "textbook", "collective"))
                     yield row
 
 
@@ -64,24 +61,12 @@ def _first(ranks: int, function: Callable[..., Times], *args: Any) -> Times:
     return times
 
 
-def _ways() -> list[str]:
-    ways = []
-    for way in _WAYS:
-        syncnorm.set_exchange(way)
-        try:
-            syncnorm.SyncBatchNorm1d(2)(torch.randn(3, 2))
-        except syncnorm.SyncNormError:  # on all ranks alike
-            continue
-        ways.append(way)
-    return ways
-
-
 def exchange_times(channels: int, rounds: int) -> Times:
     """Seconds by case, on one rank."""
     group, site, x = resolve(GroupSpec()), syncnorm.SyncBatchNorm1d(channels), torch.randn(4, channels)
     row = torch.randn(2 * channels + 1, dtype=torch.float64)
     cases: dict[str, Callable[[], object]] = {"bare": lambda: dist.all_reduce(row.clone())}
-    for way in _ways():
+    for way in ways():
         for check in ("off", "inline"):
 
             def run(way: str = way, check: str = check) -> None:
@@ -90,18 +75,13 @@ def exchange_times(channels: int, rounds: int) -> Times:
             cases[f"{way} {check}"] = run
 
         cases[f"{way} row"] = lambda: sum_row(row.clone(), group)
-    return _interleave(cases, rounds)
+    return interleave_ranks(cases, rounds)
 
 
 def layer_times(shape: tuple[int, ...], dtype: torch.dtype, layout: str, rounds: int) -> Times:
     """Seconds by case, on one rank."""
     x, grad = (tensor(shape, dtype, LAYOUTS[layout]) for _ in range(2))
-    cases = {"local": step(nn.BatchNorm2d(shape[1]), x, grad)}
-    ways = _ways()
-    for way in ways:
-        cases[way] = step(syncnorm.SyncBatchNorm2d(shape[1]), x, grad)
-    cases["textbook"] = step(Textbook(shape[1]), x, grad)
-    return _interleave(cases, rounds)
+    return interleave_ranks({**layers(x, grad), "textbook": step(Textbook(shape[1]), x, grad)}, rounds)
 
 
 class Textbook(nn.Module):
@@ -137,20 +117,3 @@ class _AllReduce(torch.autograd.Function):
         grad = grad.clone()
         dist.all_reduce(grad)
         return grad
-
-
-def _interleave(cases: dict[str, Callable[[], object]], rounds: int) -> Times:
-    times: Times = {name: [] for name in cases}
-    for _ in range(-(-rounds // _BLOCK)):
-        for name, run in cases.items():
-            way, _, check = name.partition(" ")
-            syncnorm.set_check(check if check in ("off", "inline") else "inline")
-            syncnorm.set_exchange(way if way in _WAYS else "collective")  # ranks agree anew at the next exchange
-            run()
-            run()
-            dist.barrier()
-            for _ in range(_BLOCK):
-                start = time.perf_counter()
-                run()
-                times[name].append(time.perf_counter() - start)
-    return times

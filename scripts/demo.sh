@@ -8,4 +8,4 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 arguments=("$@")
 # shellcheck source=scripts/setup.sh
 source scripts/setup.sh examples,plot
-exec python scripts/demo.py ${arguments[@]+"${arguments[@]}"}
+exec python -m syncnorm demo ${arguments[@]+"${arguments[@]}"}

@@ -32,7 +32,7 @@ HOMES = {
     "pytorch_lightning": {"lightning", "cli"},
     "torchmetrics": {"diagnostics", "lightning"},
     "jsonargparse": {"lightning", "cli"},
-    "sklearn": {"lightning"},
+    "sklearn": {"testing"},
     "matplotlib": {"diagnostics"},
     "rich": {"cli", "diagnostics"},
 }

@@ -6,14 +6,17 @@ from collections.abc import Sequence
 
 from syncnorm._version import __version__
 from syncnorm.cli._arguments import add_command
+from syncnorm.cli._bench import bench
 from syncnorm.cli._build import build
 from syncnorm.cli._checkpoint import convert_ckpt
 from syncnorm.cli._console import show
+from syncnorm.cli._demo import demo
 from syncnorm.cli._models import doctor, inspect, verify
+from syncnorm.cli._plot import plot
 
 __all__ = ["COMMANDS", "main"]
 
-COMMANDS = (inspect, verify, doctor, convert_ckpt, build)
+COMMANDS = (inspect, verify, doctor, convert_ckpt, bench, demo, plot, build)
 _LIGHTNING = {
     "fit": "train a model, with SyncNorm among its callbacks",
     "validate": "evaluate on the validation data",

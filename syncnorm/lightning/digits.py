@@ -4,7 +4,6 @@ An MLP and not a CNN: the count behind a statistic is batch × height × width, 
 does.
 """
 
-from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -13,10 +12,9 @@ from torch.utils.data import DataLoader, TensorDataset
 from torchmetrics.classification import MulticlassAccuracy
 
 from syncnorm.lightning._flavours import LightningDataModule, LightningModule
+from syncnorm.testing._digits import digits, need_digits
 
 __all__ = ["DigitsDataModule", "DigitsMLP"]
-
-_NUM_TRAIN = 1000  # of 1797
 
 
 class DigitsDataModule(LightningDataModule):
@@ -38,19 +36,12 @@ class DigitsDataModule(LightningDataModule):
         super().__init__()
         if batch_size < 1:
             raise ValueError(f"batch_size is the number of digits per rank, at least 1; got {batch_size}.")
-        if find_spec("sklearn") is None:
-            raise ImportError("the digits come with scikit-learn, which is not there: pip install syncnorm[examples]")
+        need_digits()
         self.batch_size, self.num_workers = batch_size, num_workers
 
     def setup(self, stage: str | None = None) -> None:
-        from sklearn.datasets import load_digits
-
-        data = load_digits()
-        order = torch.randperm(len(data.target), generator=torch.Generator().manual_seed(0))
-        images = (torch.tensor(data.data, dtype=torch.float32) / 16)[order]
-        labels = torch.tensor(data.target, dtype=torch.int64)[order]
-        self._train = TensorDataset(images[:_NUM_TRAIN], labels[:_NUM_TRAIN])
-        self._held_out = TensorDataset(images[_NUM_TRAIN:], labels[_NUM_TRAIN:])
+        train_x, train_y, held_out_x, held_out_y = digits()
+        self._train, self._held_out = TensorDataset(train_x, train_y), TensorDataset(held_out_x, held_out_y)
 
     def train_dataloader(self) -> DataLoader[tuple[Tensor, ...]]:
         # drop_last: a last batch of one digit has no variance without the other ranks.
