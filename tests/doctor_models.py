@@ -40,6 +40,18 @@ def without() -> nn.Module:
     return nn.Sequential(nn.Linear(3, 4))
 
 
+def fed() -> tuple[nn.Module, list[Tensor]]:
+    return plain(), list(torch.randn(64, 3, generator=torch.Generator().manual_seed(0)).split(2))
+
+
+def starved() -> tuple[nn.Module, list[Tensor]]:
+    return plain(), []
+
+
+def mapped() -> tuple[nn.Module, object]:
+    return plain(), object()
+
+
 def number() -> int:
     return 3
 

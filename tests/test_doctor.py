@@ -23,7 +23,7 @@ from syncnorm.distributed import GroupSpec
 from tests.doctor_models import Checkpointed, Own, broken, plain, synced
 
 ROOT = Path(__file__).resolve().parent.parent
-MODELS = ("inspect", "verify", "doctor")  # commands that take one
+MODELS = ("inspect", "verify", "advise", "doctor")  # commands that take one
 
 
 def codes(model: nn.Module, **subject: Any) -> dict[str, tuple[str, ...]]:
@@ -284,6 +284,9 @@ def test_drawn_only_for_a_terminal_that_wants_it(
         (["doctor", "tests.doctor_models:broken"], "was called without arguments and raised RuntimeError: no weights."),
         (["doctor", "tests.doctor_models:plain", "--no-trial", "--shape", "4,5"], "the model fails on its input: RuntimeError"),
         (["verify", "tests.doctor_models:plain"], "verify needs an input: let the factory return (model, input)"),
+        (["advise", "tests.doctor_models:plain"], "advise needs batches: let the factory return (model, loader), or give"),
+        (["advise", "tests.doctor_models:starved"], "advise needs at least one batch with samples on some rank, got none."),
+        (["advise", "tests.doctor_models:mapped"], "advise needs batches that can be iterated, such as a DataLoader"),
         (["verify", "tests.doctor_models:synced", "--to", "x"], "argument --to: invalid choice: 'x' (choose from"),
         (["doctor", "--shape", "4,x"], "must be sizes with commas between them, such as 8,3,224,224; got '4,x'"),
         (["doctor", "--ranks", "0"], "argument --ranks: must be a number from 1, got '0'"),

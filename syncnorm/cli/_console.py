@@ -29,7 +29,8 @@ def show(report: Any, *, as_json: bool) -> int:
     """
     ok = bool(getattr(report, "ok", True))
     if as_json:
-        found = json.dumps({"ok": ok, **dataclasses.asdict(report)}, default=str)
+        fields = report.to_dict() if hasattr(report, "to_dict") else dataclasses.asdict(report)
+        found = json.dumps({"ok": ok, **fields}, default=str)
         print(json.dumps(json.loads(found, parse_constant=str), indent=2))  # JSON has no Infinity
     elif _drawn(sys.stdout):
         _draw(report.parts() if hasattr(report, "parts") else [str(report)])

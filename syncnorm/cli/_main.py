@@ -11,12 +11,12 @@ from syncnorm.cli._build import build
 from syncnorm.cli._checkpoint import convert_ckpt
 from syncnorm.cli._console import show
 from syncnorm.cli._demo import demo
-from syncnorm.cli._models import doctor, inspect, verify
+from syncnorm.cli._models import advise, doctor, inspect, verify
 from syncnorm.cli._plot import plot
 
 __all__ = ["COMMANDS", "main"]
 
-COMMANDS = (inspect, verify, doctor, convert_ckpt, bench, demo, plot, build)
+COMMANDS = (inspect, verify, advise, doctor, convert_ckpt, bench, demo, plot, build)
 _LIGHTNING = {
     "fit": "train a model, with SyncNorm among its callbacks",
     "validate": "evaluate on the validation data",
@@ -29,9 +29,10 @@ changes nothing. --json prints JSON. Tables and colours are drawn on a terminal 
 not set. COMMAND --help tells more.
 
 inspect, verify, advise and doctor take a model as pkg.mod:factory, a function without arguments that returns the model, or
-(model, input), or (model, input, trainer).
+(model, input), or (model, input, trainer). For advise the input is a loader of batches.
 
   python -m syncnorm doctor my_project.models:build --shape 8,3,224,224 --ranks 4
+  python -m syncnorm advise my_project.models:build_with_loader --ranks 8
   python -m syncnorm verify my_project.models:build --shape 8,3,224,224 --ranks 3 --json
   python -m syncnorm convert-ckpt last.ckpt group_norm.safetensors --to group_norm
 

@@ -1,6 +1,7 @@
-"""The commands that look at a model: ``inspect``, ``verify``, ``doctor``."""
+"""The commands that look at a model: ``inspect``, ``verify``, ``advise``, ``doctor``."""
 
-from typing import TYPE_CHECKING
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
 
 from syncnorm.cli._arguments import Count, Shape, Target
 from syncnorm.cli._console import working
@@ -10,7 +11,7 @@ from syncnorm.conversion._table import Report
 if TYPE_CHECKING:
     from syncnorm.diagnostics import Subject
 
-__all__ = ["doctor", "inspect", "verify"]
+__all__ = ["advise", "doctor", "inspect", "verify"]
 
 
 def inspect(target: Target) -> Report:
@@ -49,6 +50,45 @@ def verify(target: Target, *, shape: Shape = (), ranks: Count = 2, to: To = "syn
             return verify(subject.model, subject.input, ranks, to=to)
     except RankError as error:
         raise ValueError(f"the model fails: {str(error).strip().splitlines()[-1]}") from error
+
+
+def advise(
+    target: Target,
+    *,
+    shape: Shape = (),
+    ranks: Count = 1,
+    ranks_per_node: Count | None = None,
+    num_batches: Count = 32,
+) -> Report:
+    """Say for each batch norm whether it has enough samples behind it, and what to do if not.
+
+    Measured on the batches that the factory gives: how noisy their means are, so how many independent values they stand for.
+    Ends with 1 if something is to be done; docs/choosing.md has the rules.
+
+    Args:
+        target: The model and batches of one rank, as large as in training: a function without arguments that returns
+            (model, loader), where the loader is a DataLoader, a list or any iterable. A tensor is one batch.
+        shape: Of random batches, in place of the factory's. They tell of sizes, not of your data.
+        ranks: How many will train together.
+        ranks_per_node: How many of them on one machine; by default all.
+        num_batches: Batches to measure, at most.
+    """
+    import torch
+
+    from syncnorm.diagnostics import advise
+
+    subject = _load(target)
+    batches: Any = subject.input if not shape else (torch.randn(shape) for _ in range(num_batches))
+    if batches is None:
+        raise ValueError("advise needs batches: let the factory return (model, loader), or give --shape.")
+    if isinstance(batches, torch.Tensor | tuple):
+        batches = [batches]
+    if not isinstance(batches, Iterable):
+        raise ValueError(
+            f"advise needs batches that can be iterated, such as a DataLoader, got {type(batches).__name__}."
+        )
+    with working(f"measuring {num_batches} batches"):
+        return advise(subject.model, batches, num_batches, ranks=ranks, ranks_per_node=ranks_per_node)
 
 
 def doctor(

@@ -6,14 +6,12 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from syncnorm.cli._files import atomic, refuse_existing
 from syncnorm.conversion._table import Report
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 __all__ = ["plot"]
 
@@ -70,10 +68,8 @@ def plot(
     out = out or results.with_suffix(".png")
     refuse_existing(out, force)
     text = results.read_text(encoding="utf-8")
-    try:
-        import matplotlib  # noqa: F401  # to say so before the work
-    except ImportError as error:
-        raise ImportError("a figure needs matplotlib, which is not there: pip install syncnorm[plot]") from error
+    if find_spec("matplotlib") is None:
+        raise ImportError("a figure needs matplotlib, which is not there: pip install syncnorm[plot]")
     figure, of = _benchmark(results, text) if results.suffix == ".json" else _columns(results, text, x, y, by)
     from syncnorm.diagnostics._figures import save
 
@@ -85,7 +81,8 @@ def plot(
     return _Drawn(str(out), of)
 
 
-def _columns(path: Path, text: str, x: str | None, y: str | None, by: str | None) -> "tuple[Figure, str]":
+def _columns(path: Path, text: str, x: str | None, y: str | None, by: str | None) -> tuple[Any, str]:
+    """A figure of a CSV, and what it is of."""
     from syncnorm.diagnostics._figures import demo_figure, history_figure, series_figure
 
     rows = [
@@ -114,7 +111,8 @@ def _columns(path: Path, text: str, x: str | None, y: str | None, by: str | None
     return history_figure(rows, over, ys), f"{', '.join(ys)} over {over}"
 
 
-def _benchmark(path: Path, text: str) -> "tuple[Figure, str]":
+def _benchmark(path: Path, text: str) -> tuple[Any, str]:
+    """A figure of a benchmark's JSON, and what it is of."""
     from syncnorm.diagnostics._figures import ratio_figure
 
     try:

@@ -1,0 +1,212 @@
+"""Tier: gloo ranks. Commands from a shell: what they print, the status they end with, the files they leave.
+
+What they compute has tests of its own; ``doctor`` and ``fit`` are run in test_doctor.py and test_cli.py.
+"""
+
+import csv
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from syncnorm.cli import main
+from syncnorm.cli._demo import _shortfalls
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def run(folder: Path, *arguments: str) -> tuple[int, str, str]:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "TERM": "dumb"}
+    done = subprocess.run(
+        [sys.executable, "-m", "syncnorm", *arguments],
+        capture_output=True, text=True, timeout=110, check=False, env=environment, cwd=folder,
+    )  # fmt: skip
+    return done.returncode, done.stdout, done.stderr
+
+
+def test_inspect(tmp_path: Path) -> None:
+    assert run(tmp_path, "inspect", "tests.doctor_models:plain")[:2] == (
+        0,
+        "1 × BatchNorm1d\nlayer  class        features  affine        statistics  group  notes\n"
+        "1      BatchNorm1d  4         weight, bias  float32     local\n",
+    )
+
+
+def test_advise(tmp_path: Path) -> None:
+    status, out, err = run(tmp_path, "advise", "tests.doctor_models:fed", "--ranks", "8", "--json")
+    assert (status, err) == (1, "")
+    report = json.loads(out)
+    assert report["ok"] is False and report["num_batches"] == 32 and report["ranks"] == 8
+    (row,) = report["rows"]
+    assert row["name"] == "1" and row["samples"] == 2 and row["action"] == "synchronise (world)"
+    assert report["commands"] == ["syncnorm.convert(model, to='sync_batch_norm', process_group='world')"]
+
+
+@pytest.mark.gloo
+def test_verify(tmp_path: Path) -> None:
+    status, out, err = run(tmp_path, "verify", "tests.doctor_models:left")
+    assert (status, err) == (1, "")
+    assert "DO NOT EQUAL one process of 5" in out and "first layer that differs: 1," in out
+
+
+def test_convert_ckpt(tmp_path: Path) -> None:
+    torch.save(nn.Sequential(nn.BatchNorm1d(4)).state_dict(), tmp_path / "bn.pt")
+    status, out, err = run(tmp_path, "convert-ckpt", "bn.pt", "gn.pt", "--to", "group_norm")
+    assert (status, err) == (0, "")
+    assert out.startswith("gn.pt: 1 norms as group_norm, 1 with other entries\n")
+    assert [*torch.load(tmp_path / "gn.pt", weights_only=True)] == ["0.weight", "0.bias"]
+
+
+def test_bench(tmp_path: Path) -> None:
+    status, out, err = run(tmp_path, "bench", "--shape", "4,3,5", "--rounds", "2", "--ranks", "1")
+    assert (status, err) == (0, "")
+    assert "of [4, 3, 5], float32, 1 thread, medians of 2 rounds" in out
+    assert all(name in out for name in ("torch's batch norm", "aten", "reference", "GroupNorm"))
+
+
+def test_build(tmp_path: Path) -> None:
+    status, out, err = run(tmp_path, "build")  # built already, or without a compiler
+    assert not err and (status, out.startswith("FAILED: ")) in ((0, False), (1, True))
+
+
+@pytest.mark.gloo
+def test_demo_and_plot(tmp_path: Path) -> None:
+    pytest.importorskip("sklearn", reason="the digits come with scikit-learn")
+    pytest.importorskip("matplotlib", reason="the figure is drawn by it")
+    status, out, err = run(tmp_path, "demo", "--small", "--epochs", "1")
+    assert status == 0, err
+    assert "syncnorm   " in out and " 6 + 1\n" in out and "wrote outputs/demo.csv and outputs/demo.png" in out
+    assert err.count("test error") == 3 and not out.count("seed 0")
+    rows = list(csv.DictReader((tmp_path / "outputs/demo.csv").open()))
+    assert [row["variant"] for row in rows] == ["local BN", "syncnorm", "GroupNorm"]
+    assert 0 < float(rows[1]["test_error_percent"]) < float(rows[0]["test_error_percent"])
+
+    assert run(tmp_path, "plot", "outputs/demo.csv", "--out", "again.svg")[0] == 0
+    assert (tmp_path / "again.svg").read_text().startswith("<?xml")
+    assert (tmp_path / "outputs/demo.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", ["validate", "test", "predict"])
+def test_lightnings(command: str, tmp_path: Path) -> None:
+    arguments = [
+        f"--trainer.limit_{'val' if command == 'validate' else command}_batches=1",
+        "--trainer.accelerator=cpu",
+    ]
+    status, out, err = run(tmp_path, command, *arguments, "--trainer.devices=1", "--trainer.logger=false")
+    assert status == 0, err
+    assert command == "predict" or {"validate": "val/acc", "test": "test/acc"}[command] in out
+
+
+# What plot draws, and what it refuses
+
+BENCH = {
+    "of": "x", "ranks": 2, "processes": [],
+    "one_process": [{"layer": "SyncBatchNorm", "backend": "aten", "ratio": 1.0, "low": 0.9, "high": 1.1}],
+}  # fmt: skip
+TABLES = {"layer": {"of": "x", "rows": [{"shape": "(2, 3)", "native": "0.49 [0.47–0.50]", "aten": "–"}]}}
+CSV = "method,batch,error\n" + "".join(f"{m},{b},{b + s}\n" for m in "ab" for b in (1, 8, 32) for s in range(3))
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "arguments", "said"),
+    [
+        ("bench.json", json.dumps(BENCH), [], "bench.png: ratios of in one process: x"),
+        ("cpu.json", json.dumps(TABLES), [], "cpu.png: ratios of layer"),
+        ("study.csv", CSV, ["--x", "batch", "--y", "error", "--by", "method"], "study.png: error over batch by method"),
+        ("metrics.csv", "epoch,step,loss,acc\n0,1,2.5,\n0,2,1.5,0.4\n", [], "metrics.png: loss, acc over step"),
+    ],
+)
+def test_plot_knows_what_there_is(
+    name: str, text: str, arguments: list[str], said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    pytest.importorskip("matplotlib")
+    monkeypatch.chdir(tmp_path)
+    Path(name).write_text(text)
+    assert main(["plot", name, *arguments]) == 0
+    assert capsys.readouterr().out == f"{said}\n"
+    assert Path(name).with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "arguments", "said"),
+    [
+        ("no.csv", None, [], "No such file or directory: 'no.csv'"),
+        ("a.csv", "", [], "a.csv has no rows: a CSV with a header and at least one row is needed."),
+        ("a.csv", CSV, [], "say which columns of a.csv to draw with --x and --y, and --by for lines; it has ['method', "),
+        ("a.csv", CSV, ["--x", "batch", "--y", "loss"], "--y must be a column of a.csv, got 'loss'; it has ['method',"),
+        ("a.csv", CSV, ["--x", "method", "--y", "error"], "column 'method' of a.csv must hold numbers to be drawn, and has"),
+        ("a.csv", CSV, ["--x", "batch", "--y", "error", "--out", "a.xyz"], "a.xyz must end in one of ['"),
+        ("a.csv", CSV, ["--out", "a.csv"], "a.csv is there already: choose another name, or say --force."),
+        ("a.csv", CSV, ["--out", "no/a.png"], "there is no folder no: make it first."),
+        ("a.json", "{", [], "a.json is no JSON: "),
+        ("a.json", "[]", [], "a.json is of no benchmark: what bench --json or scripts/bench.py --out wrote is needed."),
+        ("a.csv", "\xff", [], "a.csv has no rows"),
+    ],
+)  # fmt: skip
+def test_plot_refuses_in_one_line(
+    name: str,
+    text: str | None,
+    arguments: list[str],
+    said: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: Any,
+) -> None:
+    pytest.importorskip("matplotlib")
+    monkeypatch.chdir(tmp_path)
+    if text is not None:
+        Path(name).write_text(text)
+    with pytest.raises(SystemExit) as stopped:
+        main(["plot", name, *arguments])
+    captured = capsys.readouterr()
+    assert stopped.value.code == 2 and said in captured.err and captured.err.count("\n") == 1, captured.err
+    assert os.listdir() == ([name] if text is not None else [])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (
+            ["demo", "--ranks", "1"],
+            "--ranks must be at least 2, got 1: a lone rank has nobody to share statistics with.",
+        ),
+        (["demo", "--batch-per-rank", "1"], "--batch-per-rank must be at least 2, got 1: local BN needs two values."),
+        (["demo", "--ranks", "600"], "ranks × batch-per-rank must be at most 1000, got 1200."),
+        (["bench", "--shape", "4"], "--shape must be 2 to 5 sizes from 1 with a batch of at least 2, got [4]."),
+        (["bench", "--rounds", "1"], "--rounds must be at least 2, got 1: one says nothing of the spread."),
+    ],
+)
+def test_what_cannot_be_demonstrated_or_timed(arguments: list[str], said: str, capsys: Any) -> None:
+    pytest.importorskip("sklearn", reason="the digits come with scikit-learn")
+    with pytest.raises(SystemExit) as stopped:
+        main(arguments)
+    assert stopped.value.code == 2
+    assert capsys.readouterr().err == f"syncnorm {arguments[0]}: {said}\n"
+
+
+@pytest.mark.parametrize(
+    ("local", "sync", "drift", "collectives", "epochs", "said"),
+    [
+        (38.9, 2.8, 0.0, 6, 8, []),
+        (38.9, 2.8, 0.1, 6, 8, ["syncnorm's running means must be the same on all ranks; they drift by 0.1 σ."]),
+        (38.9, 2.8, 0.0, 5, 8, ["syncnorm's norm layers must enter 6 collectives per step, got 5."]),
+        (12.0, 5.0, 0.0, 6, 8, ["local BN must collapse (test error above 20 %); got 12.00 %.", "below 5.0 % on 2 ranks"]),
+        (12.0, 7.0, 0.0, 6, 2, ["local BN's error must be at least twice syncnorm's; got 12.00 % and 7.00 %."]),
+    ],
+)  # fmt: skip
+def test_the_demo_notices_another_picture(
+    local: float, sync: float, drift: float, collectives: int, epochs: int, said: list[str]
+) -> None:
+    def one(error: float, drift: float | None, collectives: int) -> list[dict[str, Any]]:
+        return [{"errors": [90.0, error], "drifts": [0.0, drift], "norm_collectives": collectives}]
+
+    runs = {"local BN": one(local, 0.4, 0), "syncnorm": one(sync, drift, collectives), "GroupNorm": one(3.0, None, 0)}
+    found = _shortfalls(runs, 2, 2, epochs)
+    assert len(found) == len(said) and all(part in whole for part, whole in zip(said, found, strict=True))
