@@ -17,6 +17,14 @@ if TYPE_CHECKING:
     from syncnorm.diagnostics._doctor import doctor as doctor
     from syncnorm.diagnostics._findings import Finding as Finding
     from syncnorm.diagnostics._findings import Subject as Subject
+    from syncnorm.diagnostics._norm_metrics import DeadChannels as DeadChannels
+    from syncnorm.diagnostics._norm_metrics import EffectiveBatch as EffectiveBatch
+    from syncnorm.diagnostics._norm_metrics import ExchangeCost as ExchangeCost
+    from syncnorm.diagnostics._norm_metrics import RenormClipRate as RenormClipRate
+    from syncnorm.diagnostics._norm_metrics import RunningStatDrift as RunningStatDrift
+    from syncnorm.diagnostics._norm_metrics import TrainEvalGap as TrainEvalGap
+    from syncnorm.diagnostics._norm_probe import NormProbe as NormProbe
+    from syncnorm.diagnostics._norm_probe import NormReading as NormReading
     from syncnorm.diagnostics._verify import VerifyReport as VerifyReport
     from syncnorm.diagnostics._verify import VerifyRow as VerifyRow
     from syncnorm.diagnostics._verify import verify as verify
@@ -25,14 +33,22 @@ __all__ = [
     "Advice",
     "AdviceRow",
     "AuditReport",
+    "DeadChannels",
     "DoctorReport",
     "Drift",
+    "EffectiveBatch",
+    "ExchangeCost",
     "Finding",
     "NormInfo",
     "NormList",
+    "NormProbe",
+    "NormReading",
     "NormReport",
     "NormRow",
+    "RenormClipRate",
+    "RunningStatDrift",
     "Subject",
+    "TrainEvalGap",
     "VerifyReport",
     "VerifyRow",
     "advise",
@@ -50,6 +66,14 @@ _LAZY = {
     "Advice": "_advice",
     "AdviceRow": "_advice",
     "advise": "_advise",
+    "DeadChannels": "_norm_metrics",
+    "EffectiveBatch": "_norm_metrics",
+    "ExchangeCost": "_norm_metrics",
+    "RenormClipRate": "_norm_metrics",
+    "RunningStatDrift": "_norm_metrics",
+    "TrainEvalGap": "_norm_metrics",
+    "NormProbe": "_norm_probe",
+    "NormReading": "_norm_probe",
     "DoctorReport": "_doctor",
     "Finding": "_findings",
     "Subject": "_findings",

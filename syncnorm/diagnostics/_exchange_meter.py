@@ -1,6 +1,6 @@
 """What the exchanges of synchronised layers cost while a piece of code runs: how many, how many bytes, how long."""
 
-# The one place where all of them pass is private to distributed; tests/test_norm_probe.py fails if it moves.
+# The one place where all of them pass is private to distributed; tests/test_norm_metrics.py fails if it moves.
 
 import time
 from types import TracebackType
