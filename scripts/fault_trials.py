@@ -259,9 +259,9 @@ them where the load says so, which the seconds below contain. Nothing of this ha
 A trial is {STEPS} training steps of a network of {len(LAYERS)} norms of {sorted(set(WIDTHS))} channels on 2 to 4 ranks. One
 fault ({", ".join(f"`{f}`" for f in FAULTS)}; see `syncnorm.testing.inject`) strikes one rank at one layer and step. *Named*: an
 error of ours that says which rank it was and in which layer. *A healthy rank*: any whose process the fault does not itself
-end. *Silently wrong*: all ranks that are left complete, and one has
-outputs, gradients or buffers that differ from those of one process. *Completed, and right*: other dtypes on the wire, which then do no harm.
-*No fault*: nothing, a slow rank, an empty batch, a NaN; an error there would be a false alarm.
+end. *Silently wrong*: all ranks that are left complete, and one has outputs, gradients or buffers that differ from those of
+one process. *Completed, and right*: other dtypes on the wire, which then do no harm. *No fault*: nothing, a slow rank, an
+empty batch, a NaN; an error there would be a false alarm.
 
 {table(summaries)}
 
