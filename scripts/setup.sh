@@ -61,7 +61,7 @@ _syncnorm_setup() { # extras
     stamp=$venv/.syncnorm-setup # line 1: fingerprint, line 2: the extras that are in
 
     wanted=${1:-dev,examples,plot}
-    fingerprint=$(cd "$root" && echo "$root" | cat - pyproject.toml constraints.txt | cksum)
+    fingerprint=$(cd "$root" && echo "$root" | cat - pyproject.toml constraints.txt syncnorm/kernels/native/*.{cpp,h,py} | cksum)
     if [ -f "$stamp" ] && [ "$(sed -n 1p "$stamp")" = "$fingerprint" ]; then
         had=$(sed -n 2p "$stamp")
         if _syncnorm_covers "$had" "$wanted" && "$venv/bin/python" -c 'import torch' 2>/dev/null; then
