@@ -343,9 +343,7 @@ def _nothing() -> Iterator[None]:
 @pytest.mark.parametrize("how", ["requires_grad", "no_grad"])
 def test_ranks_that_disagree_on_a_backward_are_told_and_none_waits(how: str) -> None:
     for rank, (text, unchanged, error) in enumerate(run_ranks(_disagreement, 2, how, group_timeout=10)):
-        assert (
-            "1 of 2 ranks need a backward pass through this call (ranks [0], at SyncBatchNorm (first met at" in text
-        )
+        assert "1 of 2 ranks need a backward pass through this call (ranks [0], at SyncBatchNorm (first met at" in text
         assert "C=3 float64) and ranks [1] do not" in text
         assert f"this rank {'does not' if rank else 'does'})" in text and "SyncBatchNorm(3)" in text
         assert "requires_grad" in text and "torch.no_grad()" in text

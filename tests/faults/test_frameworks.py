@@ -1,4 +1,4 @@
-"""Tier: no process, and gloo ranks. A skipped optimizer step, ports, hostile modules."""
+"""Tier: no process, and gloo ranks. Skipped optimizer steps, uneven validation, a counter of -1, ports, hostile modules."""
 
 import ast
 from pathlib import Path
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 import syncnorm
-from syncnorm.testing import run_ranks
+from syncnorm.testing import count_collectives, run_ranks
 from tests.faults.network import network
 
 PACKAGE = Path(syncnorm.__file__).parent
@@ -45,8 +45,40 @@ def test_a_step_that_the_scaler_skips_skips_no_exchange() -> None:
     assert all(a.equal(b) and a.isfinite().all() for a, b in zip(first, second, strict=True))
 
 
+def _uneven_validation() -> tuple[list[Tensor], list[Tensor]]:
+    """As a validation loop does whose dataset the ranks cannot share evenly."""
+    rank, net = dist.get_rank(), network()
+    for epoch in range(2):
+        x = torch.randn(4, 6, generator=torch.Generator().manual_seed(10 * epoch + rank))
+        net.train()(x).sum().backward()
+        net.eval()
+        with torch.no_grad(), count_collectives() as counts:
+            for _ in range(3 * rank):
+                net(x)
+        assert not counts
+    return [b.clone() for b in net.buffers()], [p.grad.clone() for p in net.parameters()]
+
+
+@pytest.mark.gloo
+def test_ranks_may_evaluate_different_numbers_of_batches() -> None:
+    first, second = run_ranks(_uneven_validation, 2, timeout=60)
+    assert all(a.equal(b) for a, b in zip(first[0], second[0], strict=True))
+    assert all(g.isfinite().all() for grads in (first[1], second[1]) for g in grads)
+
+
+def test_a_counter_of_minus_one_is_refused_by_those_who_look_and_crashes_nobody() -> None:
+    layer = syncnorm.SyncBatchNorm1d(3, momentum=None)
+    state = layer.state_dict() | {"num_batches_tracked": torch.tensor(-1)}
+    with pytest.raises(ValueError, match="num_batches_tracked is negative"):
+        syncnorm.validate_state_dict(layer, state)
+    layer.load_state_dict(state)
+    layer(torch.randn(4, 3))
+    assert layer.running_mean.isfinite().all()
+
+
 def test_nothing_opens_a_port() -> None:
-    # Ranks find each other through the group that the user made; only run_ranks makes one, over a file and loopback.
+    # Ranks find each other through the group that the user made. run_ranks makes one, over a file and loopback, and the demo is
+    # a program of its own, to whose ranks its launcher says where they meet.
     opening = {"socket", "bind", "listen", "create_server", "TCPStore", "HTTPServer"}
     for path in PACKAGE.rglob("*.py"):
         called = {
@@ -55,7 +87,7 @@ def test_nothing_opens_a_port() -> None:
             if isinstance(n, ast.Call)
         }
         assert not called & opening, (path, called & opening)
-        assert "init_process_group" not in called or path.name == "ranks.py", path
+        assert "init_process_group" not in called or path.name in ("ranks.py", "_demo_rank.py"), path
         assert "tcp://" not in path.read_text(), path
 
 
