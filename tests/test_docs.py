@@ -11,7 +11,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = (
-    "modules", "functional", "conversion", "calibration", "diagnostics", "lightning", "distributed", "testing", "kernels", "errors",
+    "modules", "functional", "conversion", "calibration", "diagnostics", "lightning", "distributed", "testing", "kernels",
+    "errors",
 )  # fmt: skip
 DATA = {"To", "BACKENDS", "MODE"}  # names without a docstring
 
