@@ -220,7 +220,8 @@ def test_files_are_not_overwritten_nor_left_half_written(
     assert ran(capsys, "in.pt", "alias.safetensors", "--to", "group_norm")[0] == 0
     assert torch.equal(load_file("alias.safetensors")["ema.alias"], shared)
 
-    def full(*_: Any) -> None:
+    def full(content: Any, path: Path) -> None:
+        path.write_bytes(b"half of it")
         raise OSError("No space left on device")
 
     monkeypatch.setattr(torch, "save", full)

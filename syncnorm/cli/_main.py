@@ -71,6 +71,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return show(command(**{key: value for key, value in chosen.items() if value is not None}), as_json=as_json)
     except (ValueError, TypeError, OSError, ImportError, SyncNormError) as error:
         parser.exit(2, f"syncnorm {name}: {_one_line(error)}\n")
+    except KeyboardInterrupt:
+        return 130  # as a shell has it
 
 
 def make_parser() -> argparse.ArgumentParser:
