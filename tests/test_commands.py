@@ -19,27 +19,91 @@ from syncnorm.cli import main
 from syncnorm.cli._demo import _shortfalls
 
 ROOT = Path(__file__).resolve().parent.parent
+CSV = "method,batch,error\n" + "".join(f"{m},{b},{b + s}\n" for m in "ab" for b in (1, 8, 32) for s in range(3))
 
 
-def run(folder: Path, *arguments: str) -> tuple[int, str, str]:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "TERM": "dumb"}
+# Python with Lightning takes 4 seconds to start: one does, and each command is a fork of it, with a process, a folder, files
+# for its output and an exit status of its own.
+SHELL = """
+import json, os, runpy, sys, traceback
+import syncnorm.lightning
+
+def run(folder, arguments):
+    os.chdir(folder)
+    for number, name in ((1, "out"), (2, "err")):
+        os.dup2(os.open(folder + "." + name, os.O_WRONLY | os.O_CREAT), number)
+    sys.argv, status = ["syncnorm", *arguments], 0
+    try:
+        runpy.run_module("syncnorm", run_name="__main__", alter_sys=True)
+    except SystemExit as stopped:
+        status = stopped.code or 0
+    except BaseException:
+        traceback.print_exc()
+        status = 70
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
+
+for folder, arguments in json.load(sys.stdin):
+    child = os.fork() or run(folder, arguments)
+    with open(folder + ".status", "w") as file:
+        file.write(str(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])))
+"""
+LIGHTNING = ["--trainer.accelerator=cpu", "--trainer.devices=1", "--trainer.logger=false"]
+COMMANDS: dict[str, list[str]] = {
+    "advise": ["advise", "tests.doctor_models:fed", "--ranks", "8", "--json"],
+    "verify": ["verify", "tests.doctor_models:left"],
+    "convert-ckpt": ["convert-ckpt", "bn.pt", "gn.pt", "--to", "group_norm"],
+    "bench": ["bench", "--shape", "4,3,5", "--rounds", "2", "--ranks", "1"],
+    "build": ["build"],
+    "validate": ["validate", *LIGHTNING, "--trainer.limit_val_batches=1"],
+    "test": ["test", *LIGHTNING, "--trainer.limit_test_batches=1"],
+    "predict": ["predict", *LIGHTNING, "--trainer.limit_predict_batches=1"],
+    "plot": ["plot", "error.csv", "--x", "batch", "--y", "error", "--out", "error.svg"],
+}
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "TERM": "dumb"}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Has a folder for each of ``COMMANDS``, in which it ran."""
+    pytest.importorskip("sklearn", reason="the digits come with scikit-learn")
+    pytest.importorskip("matplotlib", reason="plot draws with it")
+    root = tmp_path_factory.mktemp("commands")
+    for name in COMMANDS:
+        (root / name).mkdir()
+    torch.save(nn.Sequential(nn.BatchNorm1d(4)).state_dict(), root / "convert-ckpt/bn.pt")
+    (root / "plot/error.csv").write_text(CSV)
+    jobs = json.dumps([(str(root / name), arguments) for name, arguments in COMMANDS.items()])
+    command = [sys.executable, "-c", SHELL]
+    subprocess.run(command, input=jobs, text=True, timeout=110, check=True, env=ENVIRONMENT)
+    return root
+
+
+def ran(folder: Path, name: str) -> tuple[int, str, str]:
+    status, out, err = ((folder / f"{name}.{what}").read_text() for what in ("status", "out", "err"))
+    return int(status), out, err
+
+
+def shell(folder: Path, *arguments: str) -> tuple[int, str, str]:
+    command = [sys.executable, "-m", "syncnorm", *arguments]
     done = subprocess.run(
-        [sys.executable, "-m", "syncnorm", *arguments],
-        capture_output=True, text=True, timeout=110, check=False, env=environment, cwd=folder,
-    )  # fmt: skip
+        command, capture_output=True, text=True, timeout=110, check=False, env=ENVIRONMENT, cwd=folder
+    )
     return done.returncode, done.stdout, done.stderr
 
 
 def test_inspect(tmp_path: Path) -> None:
-    assert run(tmp_path, "inspect", "tests.doctor_models:plain")[:2] == (
+    assert shell(tmp_path, "inspect", "tests.doctor_models:plain") == (
         0,
         "1 × BatchNorm1d\nlayer  class        features  affine        statistics  group  notes\n"
         "1      BatchNorm1d  4         weight, bias  float32     local\n",
+        "",
     )
 
 
-def test_advise(tmp_path: Path) -> None:
-    status, out, err = run(tmp_path, "advise", "tests.doctor_models:fed", "--ranks", "8", "--json")
+def test_advise(folder: Path) -> None:
+    status, out, err = ran(folder, "advise")
     assert (status, err) == (1, "")
     report = json.loads(out)
     assert report["ok"] is False and report["num_batches"] == 32 and report["ranks"] == 8
@@ -49,59 +113,59 @@ def test_advise(tmp_path: Path) -> None:
 
 
 @pytest.mark.gloo
-def test_verify(tmp_path: Path) -> None:
-    status, out, err = run(tmp_path, "verify", "tests.doctor_models:left")
+def test_verify(folder: Path) -> None:
+    status, out, err = ran(folder, "verify")
     assert (status, err) == (1, "")
     assert "DO NOT EQUAL one process of 5" in out and "first layer that differs: 1," in out
 
 
-def test_convert_ckpt(tmp_path: Path) -> None:
-    torch.save(nn.Sequential(nn.BatchNorm1d(4)).state_dict(), tmp_path / "bn.pt")
-    status, out, err = run(tmp_path, "convert-ckpt", "bn.pt", "gn.pt", "--to", "group_norm")
+def test_convert_ckpt(folder: Path) -> None:
+    status, out, err = ran(folder, "convert-ckpt")
     assert (status, err) == (0, "")
     assert out.startswith("gn.pt: 1 norms as group_norm, 1 with other entries\n")
-    assert [*torch.load(tmp_path / "gn.pt", weights_only=True)] == ["0.weight", "0.bias"]
+    assert [*torch.load(folder / "convert-ckpt/gn.pt", weights_only=True)] == ["0.weight", "0.bias"]
 
 
-def test_bench(tmp_path: Path) -> None:
-    status, out, err = run(tmp_path, "bench", "--shape", "4,3,5", "--rounds", "2", "--ranks", "1")
+def test_bench(folder: Path) -> None:
+    status, out, err = ran(folder, "bench")
     assert (status, err) == (0, "")
     assert "of [4, 3, 5], float32, 1 thread, medians of 2 rounds" in out
     assert all(name in out for name in ("torch's batch norm", "aten", "reference", "GroupNorm"))
 
 
-def test_build(tmp_path: Path) -> None:
-    status, out, err = run(tmp_path, "build")  # built already, or without a compiler
+def test_build(folder: Path) -> None:
+    status, out, err = ran(folder, "build")  # built already, or without a compiler
     assert not err and (status, out.startswith("FAILED: ")) in ((0, False), (1, True))
 
 
+@pytest.mark.parametrize(("command", "said"), [("validate", "val/acc"), ("test", "test/acc"), ("predict", "")])
+def test_lightnings(command: str, said: str, folder: Path) -> None:
+    status, out, err = ran(folder, command)
+    assert status == 0, err
+    assert said in out
+
+
+def test_plot(folder: Path) -> None:
+    assert ran(folder, "plot") == (0, "error.svg: error over batch\n", "")
+    assert (folder / "plot/error.svg").read_text().startswith("<?xml")
+
+
 @pytest.mark.gloo
-def test_demo_and_plot(tmp_path: Path) -> None:
+@pytest.mark.slow
+def test_demo(tmp_path: Path) -> None:
     pytest.importorskip("sklearn", reason="the digits come with scikit-learn")
     pytest.importorskip("matplotlib", reason="the figure is drawn by it")
-    status, out, err = run(tmp_path, "demo", "--small", "--epochs", "1")
+    status, out, err = shell(tmp_path, "demo", "--small", "--epochs", "1")
     assert status == 0, err
     assert "syncnorm   " in out and " 6 + 1\n" in out and "wrote outputs/demo.csv and outputs/demo.png" in out
     assert err.count("test error") == 3 and not out.count("seed 0")
     rows = list(csv.DictReader((tmp_path / "outputs/demo.csv").open()))
     assert [row["variant"] for row in rows] == ["local BN", "syncnorm", "GroupNorm"]
     assert 0 < float(rows[1]["test_error_percent"]) < float(rows[0]["test_error_percent"])
-
-    assert run(tmp_path, "plot", "outputs/demo.csv", "--out", "again.svg")[0] == 0
-    assert (tmp_path / "again.svg").read_text().startswith("<?xml")
-    assert (tmp_path / "outputs/demo.png").read_bytes().startswith(b"\x89PNG")
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("command", ["validate", "test", "predict"])
-def test_lightnings(command: str, tmp_path: Path) -> None:
-    arguments = [
-        f"--trainer.limit_{'val' if command == 'validate' else command}_batches=1",
-        "--trainer.accelerator=cpu",
-    ]
-    status, out, err = run(tmp_path, command, *arguments, "--trainer.devices=1", "--trainer.logger=false")
-    assert status == 0, err
-    assert command == "predict" or {"validate": "val/acc", "test": "test/acc"}[command] in out
+    drawn = (tmp_path / "outputs/demo.png").read_bytes()
+    (tmp_path / "outputs/demo.png").unlink()
+    assert main(["plot", str(tmp_path / "outputs/demo.csv")]) == 0
+    assert (tmp_path / "outputs/demo.png").read_bytes() == drawn
 
 
 # What plot draws, and what it refuses
@@ -111,7 +175,6 @@ BENCH = {
     "one_process": [{"layer": "SyncBatchNorm", "backend": "aten", "ratio": 1.0, "low": 0.9, "high": 1.1}],
 }  # fmt: skip
 TABLES = {"layer": {"of": "x", "rows": [{"shape": "(2, 3)", "native": "0.49 [0.47–0.50]", "aten": "–"}]}}
-CSV = "method,batch,error\n" + "".join(f"{m},{b},{b + s}\n" for m in "ab" for b in (1, 8, 32) for s in range(3))
 
 
 @pytest.mark.parametrize(
