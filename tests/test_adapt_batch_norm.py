@@ -172,7 +172,7 @@ def _over_ranks(sizes: list[list[int]]) -> dict[str, bytes]:
     for kind, model in (("plain", plain), ("synced", synced), ("ddp", wrapped)):
         with count_collectives() as counts:
             assert adapt_batch_norm(model, target(*sizes[rank], seed=rank)) == sum(map(sum, sizes))
-        assert counts == {"all_gather": 1}
+        assert counts == {"all_reduce": 1}
         state = (model.module if kind == "ddp" else model).state_dict()
         out |= {f"{kind} {name}": value.numpy().tobytes() for name, value in state.items() if "running" in name}
     return out
@@ -204,7 +204,7 @@ def _one_breaks() -> str:
 def test_a_rank_that_refuses_lets_nobody_wait() -> None:
     first, second = run_ranks(_one_breaks, 2)
     assert "one value per channel" in first
-    assert second.startswith("1 of 2 ranks refused their data")
+    assert second.startswith("1 of 2 ranks refused their input")
 
 
 def test_it_helps_on_a_shifted_domain() -> None:

@@ -260,7 +260,7 @@ def _over_ranks(sizes: list[list[int]]) -> dict[str, dict[str, bytes]]:
         with count_collectives() as counts:
             assert recalibrate(wrapped, iter(target(*sizes[rank], seed=rank))) == sum(map(sum, sizes))
         if kind == "plain":
-            assert counts == {"all_gather": 1}
+            assert counts == {"all_reduce": 1}
         state = model.state_dict().items()
         out[kind] = {name: value.numpy().tobytes() for name, value in state if "running" in name}
     return out
@@ -330,13 +330,13 @@ def test_a_rank_that_fails_lets_nobody_wait() -> None:
     first, second = run_ranks(_failures, 2)
     expected = [
         ("needs a batch on every rank, as layers normalise over ranks, and ranks [0] have none",) * 2,
-        ("1 of 2 ranks refused their data", "OSError: disk gone"),
+        ("1 of 2 ranks refused their input", "OSError: disk gone"),
         ("1 of 2 ranks refused their input to this call", "mat1 and mat2 shapes cannot be multiplied"),
-        ("1 of 2 ranks refused their data", "RuntimeError: out of memory"),
+        ("1 of 2 ranks refused their input", "RuntimeError: out of memory"),
         ("1 of 2 ranks refused their input to this call", "RuntimeError: out of memory"),
-        ("1 of 2 ranks refused their data", "num_batches=2, and there are 1 on this rank"),
-        ("1 of 2 ranks refused their data", "num_batches=2, and there are 1 on this rank"),
-        ("1 of 2 ranks refused their data", "and it has none"),
+        ("1 of 2 ranks refused their input", "num_batches=2, and there are 1 on this rank"),
+        ("1 of 2 ranks refused their input", "num_batches=2, and there are 1 on this rank"),
+        ("1 of 2 ranks refused their input", "and it has none"),
         ("needs all ranks that 1 normalises with, [0, 1], and its process_group has [0]", "process_group has [1]"),
         ("got one value per channel",) * 2,
     ]

@@ -170,7 +170,7 @@ def _over_ranks(sizes: list[list[int]]) -> tuple[int, dict[str, bytes], list[np.
         norm.train().freeze()(torch.ones(3))
         norm.unfreeze().merge(*[_collect_local(observations(4, seed=90 + rank)[0])] * (rank != 1))
     state = {name: value.numpy().tobytes() for name, value in norm.state_dict().items()}
-    return counts["all_gather"], state, outputs
+    return counts["all_reduce"], state, outputs
 
 
 def _collect_local(data: np.ndarray) -> Moments:
@@ -214,7 +214,7 @@ def _one_rank_refuses() -> str:
 def test_a_rank_that_refuses_its_input_lets_nobody_wait() -> None:
     first, second, third = run_ranks(_one_rank_refuses, 3)
     assert first == third
-    assert first.startswith("SyncNormMismatch: RunningNorm: 1 of 3 ranks refused their data")
+    assert first.startswith("SyncNormMismatch: RunningNorm: 1 of 3 ranks refused their input")
     assert second.startswith("ValueError: RunningNorm: expected an input [*, 3], with the features last, got [2, 4]")
 
 

@@ -78,7 +78,7 @@ def test_ranks_equal_scikit_learn_on_everything_in_one_exchange(name: str, split
         expected = {"minimum": scaler.data_min_, "maximum": scaler.data_max_}
     results = run_ranks(_fit, len(splits), name, x, splits)
     for state, counts in results:
-        assert counts == {"all_gather": 1}
+        assert counts == {"all_reduce": 1}
         assert state["count"] == 178
         for key, value in expected.items():
             np.testing.assert_allclose(state[key], value, rtol=1e-12, atol=0)
@@ -187,7 +187,7 @@ def _broken_loader() -> str:
 def test_a_rank_whose_loader_breaks_lets_nobody_wait() -> None:
     first, second = run_ranks(_broken_loader, 2)
     assert first == "disk gone"
-    assert second.startswith("1 of 2 ranks refused their data")
+    assert second.startswith("1 of 2 ranks refused their input")
 
 
 def _everybody_empty() -> None:

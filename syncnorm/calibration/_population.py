@@ -19,7 +19,7 @@ from syncnorm.distributed.agreement import begin_call
 from syncnorm.distributed.exchange import exchange_moments
 from syncnorm.distributed.gather import gather_rows, send_refusal
 from syncnorm.distributed.groups import LOCAL, Group
-from syncnorm.errors import SyncNormMismatch
+from syncnorm.errors import SyncNormError, SyncNormMismatch
 from syncnorm.functional._masked_batch_norm import _weights as weights_of_mask
 from syncnorm.functional._sync_batch_norm import tell_others
 from syncnorm.functional._sync_moments import _weighted_moments as weighted_moments
@@ -48,7 +48,7 @@ class Meeting:
         """:func:`~syncnorm.distributed.gather.gather_rows`; after an error, which all ranks get, nobody meets again."""
         try:
             return gather_rows(row, self.group)
-        except SyncNormMismatch:
+        except SyncNormError:
             self.close()
             raise
 

@@ -11,7 +11,7 @@ import os
 import zlib
 from collections import deque
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
@@ -22,6 +22,7 @@ from syncnorm._version import __version__
 from syncnorm.distributed.collectives import find_group
 from syncnorm.distributed.groups import Group
 from syncnorm.distributed.notes import gather_notes
+from syncnorm.distributed.verdict import POISON, STAND_IN, Answer, check_word, raise_places
 from syncnorm.distributed.watch import is_watching, sum_watched
 from syncnorm.distributed.wire import sum_row
 from syncnorm.errors import SyncNormMismatch, SyncNormPeerLost, SyncNormTimeout
@@ -29,11 +30,6 @@ from syncnorm.errors import SyncNormMismatch, SyncNormPeerLost, SyncNormTimeout
 __all__ = ["POISON", "Call", "begin_call", "check_level", "dismiss", "set_check", "stand_in", "sum_agreed"]
 
 LEVELS = ("off", "inline", "full")
-
-# The word of a rank beside its place: 0, 1 where it needs a backward, POISON where its input was refused, _STAND_IN where it
-# has run out of data and answers without being anywhere. The sum tells them apart for up to 65,535 ranks.
-POISON = float(2**32)
-_STAND_IN = float(2**16)
 
 _WORDS = 6  # the word above, the length of the payload, and h, h² of two hashes
 _DISMISSED = -1.0  # in place of a length: those who stand in need not any longer
@@ -97,6 +93,8 @@ class Call:
 
     def place(self, direction: str) -> str:
         """Where this rank is, for an error."""
+        if not self.layer and self.dtype is None:
+            return f"a {direction}"
         what = f"{self.layer} call {self.turn}" if self.layer else "a call of a function"
         return f"{what} {direction} C={self.channels} {str(self.dtype).removeprefix('torch.')}"
 
@@ -162,7 +160,9 @@ def begin_call(site: object, group: Group, x: Tensor) -> Call | None:
     return Call(layer, place[1], ledger.exchanges, channels, x.dtype, settings, place[0])
 
 
-def sum_agreed(row: Tensor, group: Group, call: Call | None, direction: str, word: float = 0.0) -> Tensor:
+def sum_agreed(
+    row: Tensor, group: Group, call: Call | None, direction: str, word: float = 0.0, *, always: bool = False
+) -> Tensor:
     """Sum ``row`` over the ranks of ``group``, and make sure that all of them meant the same row.
 
     Args:
@@ -171,6 +171,7 @@ def sum_agreed(row: Tensor, group: Group, call: Call | None, direction: str, wor
         call: The forward call that it belongs to.
         direction: ``"forward"``, ``"backward"`` and the like.
         word: 0, 1 if a backward exchange follows on this rank, or :data:`POISON`.
+        always: Compare at any level of :func:`set_check`, and at once wherever the row is.
 
     Returns:
         The sum ``[n]``.
@@ -179,12 +180,12 @@ def sum_agreed(row: Tensor, group: Group, call: Call | None, direction: str, wor
         SyncNormMismatch: On every rank, if they are at different places or disagree on ``word``. For rows that are not in
             host memory it is raised at a later exchange, when the words have arrived there.
     """
-    if torch.compiler.is_compiling() or check_level() == "off":
+    if torch.compiler.is_compiling() or (check_level() == "off" and not always):
         if direction != "forward":
             return _sum(row.clone(), group, direction)
         total = _sum(torch.cat([row, row.new_full((1,), word)]), group, direction)
         if not torch.compiler.is_compiling() and _on_host(total):
-            _check_word(_Answer.read([float(total.numpy()[-1]), *[0.0] * (_WORDS - 1)], group), group, word, None)
+            check_word(Answer.read([float(total.numpy()[-1]), *[0.0] * (_WORDS - 1)], group), group, word, None)
         return total[:-1]
     ledger = _ledger(group)
     call = call or Call("", 0, 0, 0, None)
@@ -195,9 +196,9 @@ def sum_agreed(row: Tensor, group: Group, call: Call | None, direction: str, wor
         packed = _pack(row if fits else row[:0], width, words)
         total = _sum(packed, group, lambda: f"{call.place(direction)}, exchange #{ledger.exchanges + 1}")
         ledger.exchanges += 1
-        if _on_host(total):
+        if always or _on_host(total):
             try:
-                _compare(total.numpy()[-_WORDS:].tolist(), group, call, direction, word, ledger.exchanges, n)
+                _compare(total[-_WORDS:].tolist(), group, call, direction, word, ledger.exchanges, n)
             except SyncNormMismatch:
                 ledger.failed.add(ledger.exchanges)
                 raise
@@ -218,14 +219,14 @@ def stand_in(group: Group, device: torch.device) -> bool:
     ledger = _ledger(group)
     place = "no layer: it has run out of data and stands in"
     nothing = torch.zeros(0, dtype=torch.float64, device=device)
-    total = _sum(_pack(nothing, ledger.width, (_STAND_IN, *[0.0] * (_WORDS - 1))), group, place)
+    total = _sum(_pack(nothing, ledger.width, (STAND_IN, *[0.0] * (_WORDS - 1))), group, place)
     ledger.exchanges += 1
-    answer = _Answer.read(total[-_WORDS:].tolist(), group)
+    answer = Answer.read(total[-_WORDS:].tolist(), group)
     if answer.length < 0 or not answer.ranks:  # nobody has data any longer
         return False
     if answer.differ or answer.refused or answer.with_backward not in (0, answer.ranks):
         if device.type == "cpu":
-            gather_notes(group, place, _STAND_IN)  # the others gather
+            gather_notes(group, place, STAND_IN)  # the others gather
         return False
     n = answer.length
     if not ledger.fits(n) and not ledger.grow(n):
@@ -239,25 +240,6 @@ def dismiss(group: Group, device: torch.device) -> None:
     nothing = torch.zeros(0, dtype=torch.float64, device=device)
     _sum(_pack(nothing, ledger.width, (0.0, _DISMISSED, *[0.0] * (_WORDS - 2))), group, "the end of all data")
     ledger.exchanges += 1
-
-
-class _Answer(NamedTuple):
-    """What the summed words say."""
-
-    differ: bool
-    refused: int
-    with_backward: int
-    ranks: int
-    length: int
-
-    @classmethod
-    def read(cls, words: Any, group: Group) -> "_Answer":
-        word, length, low, low_squares, high, high_squares = (float(w) for w in words)
-        refused, rest = divmod(word, POISON)
-        stand_ins, with_backward = divmod(rest, _STAND_IN)
-        ranks = group.size - int(stand_ins)
-        differ = ranks * low_squares != low * low or ranks * high_squares != high * high
-        return cls(differ, int(refused), int(with_backward), ranks, int(length) // max(ranks, 1))
 
 
 def _sum(row: Tensor, group: Group, place: str | Callable[[], str]) -> Tensor:
@@ -314,53 +296,10 @@ def _compare(
     size, (total, _, low, low_squares, high, high_squares) = group.size, words
     if total in (0.0, size) and size * low_squares == low * low and size * high_squares == high * high:
         return  # what happens; the rest has time
-    answer, place = _Answer.read(words, group), call.place(direction)
+    answer, place = Answer.read(words, group), call.place(direction)
     if answer.differ and not answer.refused:  # a refusal explains more than where the others were
-        _raise_places(group, place, call.more(length), word, exchange)
-    _check_word(answer, group, word, place)
-
-
-def _raise_places(group: Group, place: str, more: str, word: float, exchange: int) -> None:
-    notes = gather_notes(group, place, word, more)
-    alike = len({note.place for note in notes.values()}) == 1
-    places = {rank: f"{note.place} ({note.more})" if alike else note.place for rank, note in notes.items()}
-    where = "; ".join(f"ranks {ranks} in {shown}" for shown, ranks in _by_place(places).items())
-    raise SyncNormMismatch(
-        f"exchange #{exchange}: ranks are in different places: {where}. All ranks must run the same synchronised "
-        "layers in the same order, all in train mode or all in eval mode, with inputs of one dtype. Nothing was changed on "
-        "this rank by this call."
-    )
-
-
-def _check_word(answer: _Answer, group: Group, word: float, place: str | None) -> None:
-    if not answer.refused and answer.with_backward in (0, answer.ranks):
-        return
-    notes = {} if place is None else gather_notes(group, place, word)
-
-    def ranks(word: float) -> list[int]:
-        return [rank for rank, note in notes.items() if note.word == word]
-
-    def named(word: float) -> str:
-        return f" (ranks {ranks(word)}, at {place})" if notes else ""
-
-    if answer.refused:
-        raise SyncNormMismatch(
-            f"{answer.refused} of {group.size} ranks refused their input to this call{named(POISON)} and raised an error of "
-            "their own; look there for the cause. Nothing was changed on this rank."
-        )
-    others = f"ranks {ranks(0)}" if notes else "the others"
-    raise SyncNormMismatch(
-        f"{answer.with_backward} of {group.size} ranks need a backward pass through this call{named(1)} and {others} do not "
-        f"(this rank {'does' if word else 'does not'}). All ranks must agree on requires_grad of the input and the affine "
-        "parameters, and on torch.no_grad(), or the backward exchange would wait forever."
-    )
-
-
-def _by_place(places: dict[int, str]) -> dict[str, list[int]]:
-    grouped: dict[str, list[int]] = {}
-    for rank, place in places.items():
-        grouped.setdefault(place, []).append(rank)
-    return grouped
+        raise_places(group, place, call.more(length), word, exchange)
+    check_word(answer, group, word, place)
 
 
 def _compare_later(words: Tensor, group: Group, place: str, ledger: _Ledger) -> None:
@@ -380,7 +319,7 @@ def _compare_later(words: Tensor, group: Group, place: str, ledger: _Ledger) -> 
     ledger.deferred.append((host, event, place, ledger.exchanges))
     while ledger.deferred and (ledger.deferred[0][1] is None or ledger.deferred[0][1].query()):
         seen, _, then, exchange = ledger.deferred.popleft()
-        answer = _Answer.read(seen.tolist(), group)
+        answer = Answer.read(seen.tolist(), group)
         if answer.differ:
             raise SyncNormMismatch(
                 f"exchange #{exchange}: ranks were in different places; this rank was in {then}. All ranks must run the same "

@@ -5,94 +5,74 @@ may: a timestamp of mean 1.7e9 and spread 1 has no digit left. Here each rank's 
 them in the same order, so that all get the same bits.
 """
 
-# R ranks, W words
+# R ranks, W words of 8 bytes
+
+from contextlib import suppress
 
 import torch
 from torch import Tensor
 
-from syncnorm.distributed.collectives import all_gather, group_device, group_ranks
+from syncnorm.distributed.agreement import POISON, Call, sum_agreed
+from syncnorm.distributed.collectives import all_gather, group_device, group_position
 from syncnorm.distributed.groups import Group
 from syncnorm.errors import SyncNormMismatch
 
 __all__ = ["gather_rows", "send_refusal"]
 
-# Words of what meets first, whatever the row: two lengths on the wire would end a healthy process on gloo.
-_FIRST = 256
-_HEAD = 2  # whether this rank refused its data, and how long its row is
+_TOGETHER = 250  # words of all ranks that travel in the row by which they agree, which is never shorter
 
 
-def gather_rows(row: Tensor, group: Group) -> Tensor:
+def gather_rows(row: Tensor, group: Group, call: Call | None = None) -> Tensor:
     """The rows of all ranks of ``group``, in their order.
 
-    One collective, and a second one for a row in host memory of more than 254 words.
+    Rows in host memory travel in one exchange by which the ranks agree, as those of a layer do: each rank's beside zeros in
+    the places of the others, so that their sum is all of them. Where that is more than 250 halves of words, the rows
+    follow in a second collective.
 
     Args:
         row: float64 or int64 ``[W]``, of equal W on all ranks.
         group: The ranks that meet; a group of one meets nobody.
+        call: Of the layer that they belong to.
 
     Returns:
         Like ``row``, ``[R, W]``, on its device.
 
     Raises:
-        SyncNormMismatch: If a rank refused its data (:func:`send_refusal`), or W differs. Not for rows on an accelerator,
-            which would have to be read back to know, nor in a compiled graph.
+        SyncNormMismatch: On every rank, if one refused its data (:func:`send_refusal`) or is elsewhere. Not for rows on an
+            accelerator, which would have to be read back to know, nor in a compiled graph.
     """
     if group.size == 1:
         return row.unsqueeze(0)
     if not _on_host(row):
-        return _meet(torch.cat([row, row.new_zeros(1)]), group)[:, :-1]
-    first = _first(row, refused=False)
-    rows = _meet(first, group)
-    _compare(rows[:, :_HEAD].tolist(), group)
-    rest = row[_FIRST - _HEAD :]
-    if rest.numel():
-        rows = torch.cat([rows, _meet(rest, group)], dim=1)
-    return rows[:, _HEAD : _HEAD + row.numel()]
+        return all_gather(torch.cat([row, row.new_zeros(1)]), group.name, group.size)[:, :-1]
+    device = group_device(group.name)  # NCCL has no CPU tensors
+    halves = (
+        row.detach().contiguous().view(torch.int32)
+    )  # float64 holds each exactly, whatever the bits of the row mean
+    together = group.size * len(halves) <= _TOGETHER
+    mine = torch.zeros(group.size if together else 0, len(halves), dtype=torch.float64)
+    if together:
+        mine[group_position(group.name)] = halves
+    what = f"gather of {len(row)} words"
+    total = sum_agreed(mine.flatten().to(device), group, call, what, always=True)
+    if together:
+        return total.to(row.device, torch.int32).view(row.dtype).view(group.size, len(row))
+    return all_gather(row.to(device), group.name, group.size).to(row.device)
 
 
-def send_refusal(num_words: int, device: torch.device, group: Group) -> None:
+def send_refusal(num_words: int, device: torch.device, group: Group, call: Call | None = None) -> None:
     """Meet the other ranks in place of a row of ``num_words`` that this rank cannot give, so that they do not wait."""
     if group.size == 1 or torch.compiler.is_compiling():
         return
-    if device.type == "cpu":
-        _meet(_first(torch.zeros(0, dtype=torch.float64), refused=True), group)
+    if device.type != "cpu":
+        refusal = torch.zeros(num_words + 1, dtype=torch.float64, device=device)
+        refusal[-1] = 1
+        all_gather(refusal, group.name, group.size)
         return
-    refusal = torch.zeros(num_words + 1, dtype=torch.float64, device=device)
-    refusal[-1] = 1
-    _meet(refusal, group)
+    nothing = torch.zeros(0, dtype=torch.float64, device=group_device(group.name))
+    with suppress(SyncNormMismatch):  # it is this rank that refused
+        sum_agreed(nothing, group, call, "gather", POISON, always=True)
 
 
 def _on_host(row: Tensor) -> bool:
     return row.device.type == "cpu" and not torch.compiler.is_compiling()
-
-
-def _first(row: Tensor, *, refused: bool) -> Tensor:
-    first = row.new_zeros(_FIRST)
-    first[0], first[1] = int(refused), row.numel()
-    part = row[: _FIRST - _HEAD]
-    first[_HEAD : _HEAD + part.numel()] = part
-    return first
-
-
-def _meet(row: Tensor, group: Group) -> Tensor:
-    sent = row.to(group_device(group.name)) if _on_host(row) else row  # NCCL has no CPU tensors
-    return all_gather(sent, group.name, group.size).to(row.device)
-
-
-def _compare(heads: list[list[float]], group: Group) -> None:
-    ranks = group_ranks(group.name)
-    refused = [rank for rank, head in zip(ranks, heads, strict=True) if head[0]]
-    if refused:
-        raise SyncNormMismatch(
-            f"{len(refused)} of {group.size} ranks refused their data (ranks {refused}) and raised an error of their own; look "
-            "there for the cause. Nothing was changed on this rank."
-        )
-    lengths: dict[int, list[int]] = {}
-    for rank, head in zip(ranks, heads, strict=True):
-        lengths.setdefault(int(head[1]), []).append(rank)
-    if len(lengths) > 1:
-        found = "; ".join(f"{length} words on ranks {ranks}" for length, ranks in lengths.items())
-        raise SyncNormMismatch(
-            f"ranks must bring rows of one length, got {found}: their models differ, or they are at different calls. Nothing "
-            "was changed on this rank."
-        )

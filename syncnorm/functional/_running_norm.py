@@ -8,6 +8,7 @@ from torch import Tensor
 from syncnorm.core.features import add_moments, feature_moments
 from syncnorm.core.moments import Moments, merge_moments
 from syncnorm.core.traced import not_recomputed
+from syncnorm.distributed.agreement import begin_call
 from syncnorm.distributed.gather import gather_rows, send_refusal
 from syncnorm.distributed.groups import Group, group_spec, resolve
 from syncnorm.functional._standardize import check_features, standardize
@@ -25,6 +26,7 @@ def running_norm(
     clip: float | None = 10.0,
     *,
     group: object = "world",
+    site: object = None,
 ) -> Tensor:
     """Standardise ``input`` by the moments of all samples that came before it and, when training, of itself.
 
@@ -37,6 +39,7 @@ def running_norm(
         eps: Added to the variance.
         clip: Limit the result to ``[-clip, clip]``; None for no limit.
         group: The ranks whose samples are merged, as in :func:`sync_batch_norm`.
+        site: The layer that this is a call of, by which ranks compare where they are.
 
     Returns:
         Tensor like ``input``; integers become torch's default dtype.
@@ -47,7 +50,7 @@ def running_norm(
         SyncNormMismatch: If another rank refused its input.
     """
     if training:
-        update_running_moments(input, count, mean, m2, group=group)
+        update_running_moments(input, count, mean, m2, group=group, site=site)
     else:
         check_features(input, mean.shape)
     return standardize(input, not_recomputed(mean), not_recomputed(running_std(count, m2, eps)), clip)
@@ -59,7 +62,9 @@ def running_std(count: Tensor, m2: Tensor, eps: float) -> Tensor:
     return torch.where(count > 1, m2 / count.clamp(min=1), 1.0).add(eps).sqrt()
 
 
-def update_running_moments(input: Tensor, count: Tensor, mean: Tensor, m2: Tensor, *, group: object = "world") -> None:
+def update_running_moments(
+    input: Tensor, count: Tensor, mean: Tensor, m2: Tensor, *, group: object = "world", site: object = None
+) -> None:
     """Merge the samples of ``input`` on all ranks of ``group`` into the moments, in place; see :func:`running_norm`."""
     ranks = group if isinstance(group, Group) else resolve(group_spec(group))
     try:
@@ -68,11 +73,13 @@ def update_running_moments(input: Tensor, count: Tensor, mean: Tensor, m2: Tenso
         send_refusal(2 * mean.numel() + 1, mean.device, ranks)
         raise
     local = feature_moments(input.detach().double().reshape(-1, mean.numel()))
-    merge_running_moments(local, count, mean, m2, group=ranks)
+    merge_running_moments(local, count, mean, m2, group=ranks, site=site)
 
 
 @torch.no_grad()
-def merge_running_moments(local: Moments, count: Tensor, mean: Tensor, m2: Tensor, *, group: object = "world") -> None:
+def merge_running_moments(
+    local: Moments, count: Tensor, mean: Tensor, m2: Tensor, *, group: object = "world", site: object = None
+) -> None:
     """Merge moments that each rank of ``group`` brings into the running ones, in place.
 
     Args:
@@ -81,6 +88,7 @@ def merge_running_moments(local: Moments, count: Tensor, mean: Tensor, m2: Tenso
         mean: As in :func:`running_norm`.
         m2: As in :func:`running_norm`.
         group: As in :func:`running_norm`.
+        site: As in :func:`running_norm`.
 
     Raises:
         ValueError: On CPU, on every rank, if ``local`` is not finite on some rank.
@@ -88,7 +96,8 @@ def merge_running_moments(local: Moments, count: Tensor, mean: Tensor, m2: Tenso
     ranks = group if isinstance(group, Group) else resolve(group_spec(group))
     if ranks.size > 1:
         word = local.mean.new_full((1,), local.count) if isinstance(local.count, float) else local.count.reshape(1)
-        rows = gather_rows(torch.cat([word, local.mean, local.m2]), ranks)
+        call = begin_call(site, ranks, local.mean.view(1, -1))
+        rows = gather_rows(torch.cat([word, local.mean, local.m2]), ranks, call)
         means, m2s = rows[:, 1:].unflatten(1, (2, -1)).unbind(1)
         local = merge_moments(Moments(rows[:, 0], means, m2s))
     # A sample that is not finite would stay in the moments for ever. Where the host would have to wait to see it, the

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from typing_extensions import Self
 
+from syncnorm.distributed.agreement import begin_call
 from syncnorm.distributed.gather import gather_rows, send_refusal
 from syncnorm.errors import SyncNormError
 from syncnorm.functional._standardize import check_features
@@ -71,7 +72,7 @@ class Fitted(OverRanks):
         except Exception:
             send_refusal(2 * self._first.numel() + 1, self.count.device, group)
             raise
-        rows = gather_rows(row, group)
+        rows = gather_rows(row, group, begin_call(self, group, row.view(1, -1)))
         return self._named(self._take, rows)
 
     def forward(self, input: Tensor) -> Tensor:

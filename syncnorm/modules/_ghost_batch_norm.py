@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from syncnorm.distributed.collectives import all_gather
+from syncnorm.distributed.gather import gather_rows
 from syncnorm.distributed.groups import LOCAL, Group, GroupSpec, resolve
 from syncnorm.errors import SyncNormError
 from syncnorm.functional._ghost_batch_norm import ghost_batch_norm
@@ -130,7 +130,7 @@ class _GhostBatchNorm(SyncStatistics):
                     "before torch.compile."
                 )
             word = torch.tensor([input.size(0)], dtype=torch.int64, device=input.device)
-            batches = [int(n) for n in all_gather(word, group.name).flatten().tolist()]
+            batches = [int(n) for n in gather_rows(word, group).flatten().tolist()]
         size = self.virtual_batch_size
         if max(batches) >= size:
             return 1

@@ -110,7 +110,7 @@ class RunningNorm(OverRanks):
         training = self.training and not self.frozen and self._tracks
         group = self._group() if training else LOCAL
         return self._named(
-            running_norm, input, self.count, self.mean, self.m2, training, self.eps, self.clip, group=group
+            running_norm, input, self.count, self.mean, self.m2, training, self.eps, self.clip, group=group, site=self
         )
 
     def update(self, input: Tensor) -> None:
@@ -120,7 +120,7 @@ class RunningNorm(OverRanks):
             SyncNormError: If frozen.
         """
         self._check_not_frozen()
-        self._named(update_running_moments, input, self.count, self.mean, self.m2, group=self._group())
+        self._named(update_running_moments, input, self.count, self.mean, self.m2, group=self._group(), site=self)
 
     def merge(self, *others: "RunningNorm | Moments") -> None:
         """Merge what others have collected on this rank and on the other ranks, in one exchange.
@@ -146,7 +146,7 @@ class RunningNorm(OverRanks):
             count = torch.as_tensor(part.count, dtype=torch.float64, device=device)
             parts.append(Moments(count, part.mean.to(none).flatten(), part.m2.to(none).flatten()))
         local = merge_moments(stack_moments(parts))
-        self._named(merge_running_moments, local, self.count, self.mean, self.m2, group=self._group())
+        self._named(merge_running_moments, local, self.count, self.mean, self.m2, group=self._group(), site=self)
 
     def normalize(self, input: Tensor) -> Tensor:
         """Normalise ``input`` by the moments as they are, clip included."""
