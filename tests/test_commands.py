@@ -183,6 +183,13 @@ TABLES = {"layer": {"of": "x", "rows": [{"shape": "(2, 3)", "native": "0.49 [0.4
         ("bench.json", json.dumps(BENCH), [], "bench.png: ratios of in one process: x"),
         ("cpu.json", json.dumps(TABLES), [], "cpu.png: ratios of layer"),
         ("study.csv", CSV, ["--x", "batch", "--y", "error", "--by", "method"], "study.png: error over batch by method"),
+        ("study.csv", CSV, ["--x", "batch", "--y", "error", "--where", "method=a"], "study.png: error over batch"),
+        (
+            "level.csv",
+            CSV + "c,,3\nd,1,\n",
+            ["--x", "batch", "--y", "error", "--by", "method"],
+            "level.png: error over batch by method",
+        ),
         ("metrics.csv", "epoch,step,loss,acc\n0,1,2.5,\n0,2,1.5,0.4\n", [], "metrics.png: loss, acc over step"),
     ],
 )
@@ -206,6 +213,8 @@ def test_plot_knows_what_there_is(
         ("a.csv", CSV, ["--x", "batch", "--y", "loss"], "--y must be a column of a.csv, got 'loss'; it has ['method',"),
         ("a.csv", CSV, ["--x", "method", "--y", "error"], "column 'method' of a.csv must hold numbers to be drawn, and has"),
         ("a.csv", CSV, ["--x", "batch", "--y", "error", "--out", "a.xyz"], "a.xyz must end in one of ['"),
+        ("a.csv", CSV, ["--where", "lr=1"], "--where takes COLUMN=VALUE with a column of a.csv, got 'lr'; it has ['method',"),
+        ("a.csv", CSV, ["--where", "method=c"], "no row of a.csv has method=c; there are ['a', 'b']."),
         ("a.csv", CSV, ["--out", "a.csv"], "a.csv is there already: choose another name, or say --force."),
         ("a.csv", CSV, ["--out", "no/a.png"], "there is no folder no: make it first."),
         ("a.json", "{", [], "a.json is no JSON: "),

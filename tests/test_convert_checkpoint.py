@@ -72,6 +72,16 @@ def test_every_target_gives_what_convert_gives(to: str) -> None:
     assert equal(state, trained())
 
 
+def test_norms_without_statistics_are_left_unless_batch_norms_are_wanted() -> None:
+    """A glob for batch norms may well match a layer norm: it keeps its bias."""
+    translated, layers = convert_state_dict(trained(), "rms_norm", include=["*"])
+    assert [layer.name for layer in layers] == ["stem.1", "head.0"] and "ln.bias" in translated
+    translated, layers = convert_state_dict(trained(), "batch_norm", include=["ln"])
+    assert [(layer.name, layer.new) for layer in layers] == [
+        ("ln", ("running_mean", "running_var", "num_batches_tracked"))
+    ]
+
+
 def test_there_and_back_through_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Batch norm to GroupNorm, and from a file of torch's to safetensors; back, statistics are new, the rest is the same."""
     torch.save(trained(), tmp_path / "bn.pt")
@@ -168,7 +178,9 @@ BAD: list[tuple[Any, list[str], str]] = [
     ({"epoch": 3}, [], "holds no state dict"),
     ([1, 2], [], "holds no state dict"),
     (nn.Linear(2, 2).state_dict(), [], "no entry is a batch norm's, which would be a running_mean and a running_var"),
-    (nn.Sequential(nn.LayerNorm(3)).state_dict(), [], "name those to translate with include, out of ['0']."),
+    (nn.Sequential(nn.LayerNorm(3)).state_dict(), [], "to='batch_norm' makes batch norms of those that include names"),
+    (nn.Sequential(nn.LayerNorm(3)).state_dict(), ["--include", "0"], "no entry is a batch norm's"),
+    (nn.Sequential(nn.LayerNorm(3)).state_dict(), ["--to", "batch_norm"], "those that include names, out of ['0']."),
     (broken("head.0.running_var", -torch.ones(8)), [], "nothing was loaded: head.0.running_var is negative in channels [0,"),
     (broken("head.0.bias", torch.ones(3)), [], "head.0.bias must have shape [8], has [3]"),
     (trained(), ["--include", "nowhere"], "include='nowhere' matches no normalisation layer"),

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeAlias, Union, get_args, get_origin, get_type_hints
 
-__all__ = ["Count", "Globs", "Shape", "Target", "add_command"]
+__all__ = ["Count", "Equals", "Globs", "Shape", "Target", "add_command"]
 
 
 @dataclass(frozen=True)
@@ -33,12 +33,14 @@ def _shape(text: str) -> tuple[int, ...]:
     return tuple(int(size) for size in text.split(","))
 
 
+_METAVARS: dict[Any, str] = {int: "N", float: "X", str: "NAME", Path: "FILE"}
 _FEW = 6  # choices that fit into a usage line
 
 Count: TypeAlias = Annotated[int, _Kind(_count, "N")]
 Shape: TypeAlias = Annotated[tuple[int, ...], _Kind(_shape, "N,C,...")]
 Target: TypeAlias = Annotated[str, _Kind(str, "pkg.mod:factory")]
 Globs: TypeAlias = Annotated[tuple[str, ...], _Kind(str, "GLOB", repeated=True)]
+Equals: TypeAlias = Annotated[tuple[str, ...], _Kind(str, "COLUMN=VALUE", repeated=True)]
 
 
 def add_command(commands: Any, function: Callable[..., Any]) -> None:
@@ -81,11 +83,8 @@ def _add_argument(parser: argparse.ArgumentParser, parameter: inspect.Parameter,
             given["metavar"] = "NAME"
             given["help"] += f": {', '.join(choices)}"
     else:
-        given["type"] = hint if kind is None else kind.parse
-        given["metavar"] = kind.metavar if kind else (parameter.name if positional else hint.__name__).upper()
-        given["metavar"] = {"INT": "N", "FLOAT": "X", "STR": "NAME", "PATH": "FILE"}.get(
-            given["metavar"], given["metavar"]
-        )
+        metavar = parameter.name.upper() if positional else _METAVARS.get(hint, "")
+        given["type"], given["metavar"] = (hint, metavar) if kind is None else (kind.parse, kind.metavar)
     if kind and kind.repeated:
         given["action"] = "append"
         given["help"] += "; may be repeated"

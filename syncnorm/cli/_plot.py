@@ -10,6 +10,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from syncnorm.cli._arguments import Equals
 from syncnorm.cli._files import atomic, refuse_existing
 from syncnorm.conversion._table import Report
 
@@ -49,13 +50,14 @@ def plot(
     x: str | None = None,
     y: str | None = None,
     by: str | None = None,
+    where: Equals = (),
     force: bool = False,
 ) -> Report:
     """Draw a figure from results: a CSV of the demo, the study or Lightning's CSVLogger, a JSON of a benchmark.
 
     What the demo and the benchmarks write is recognised. Of another CSV, such as the study's, say which columns to draw:
-    the mean and standard deviation of --y over all rows that share --x, with a line for each value of --by. A CSV that has
-    steps or epochs, as Lightning's metrics.csv, is drawn over these where nothing is said.
+    the mean and standard deviation of --y over all rows that share --x, with a line for each value of --by, and a level one for
+    rows without --x. A CSV that has steps or epochs, as Lightning's metrics.csv, is drawn over these where nothing is said.
 
     Args:
         results: demo.csv, metrics.csv, or any CSV with a header; or what bench --json or scripts/bench.py --out wrote.
@@ -63,6 +65,7 @@ def plot(
         x: Column for the horizontal axis.
         y: Column for the vertical axis.
         by: Column whose values get a line each.
+        where: Only rows in which a column has this value, such as lr=0.03.
         force: Overwrite the figure.
     """
     out = out or results.with_suffix(".png")
@@ -70,7 +73,7 @@ def plot(
     text = results.read_text(encoding="utf-8")
     if find_spec("matplotlib") is None:
         raise ImportError("a figure needs matplotlib, which is not there: pip install syncnorm[plot]")
-    figure, of = _benchmark(results, text) if results.suffix == ".json" else _columns(results, text, x, y, by)
+    figure, of = _benchmark(results, text) if results.suffix == ".json" else _columns(results, text, x, y, by, where)
     from syncnorm.diagnostics._figures import save
 
     supported = figure.canvas.get_supported_filetypes()
@@ -81,7 +84,9 @@ def plot(
     return _Drawn(str(out), of)
 
 
-def _columns(path: Path, text: str, x: str | None, y: str | None, by: str | None) -> tuple[Any, str]:
+def _columns(
+    path: Path, text: str, x: str | None, y: str | None, by: str | None, where: Sequence[str]
+) -> tuple[Any, str]:
     """A figure of a CSV, and what it is of."""
     from syncnorm.diagnostics._figures import demo_figure, history_figure, series_figure
 
@@ -93,6 +98,13 @@ def _columns(path: Path, text: str, x: str | None, y: str | None, by: str | None
     if not rows:
         raise ValueError(f"{path} has no rows: a CSV with a header and at least one row is needed.")
     columns = list(rows[0])
+    for column, _, value in (condition.partition("=") for condition in where):
+        if column not in columns:
+            raise ValueError(f"--where takes COLUMN=VALUE with a column of {path}, got {column!r}; it has {columns}.")
+        values = list(dict.fromkeys(str(row[column]) for row in rows))
+        rows = [row for row in rows if row[column] == _value(value)]
+        if not rows:
+            raise ValueError(f"no row of {path} has {column}={value}; there are {values}.")
     if not (x or y or by) and {*columns} >= _DEMO:
         return demo_figure(rows), "the demo's test error and cost"
     for option, name in (("--x", x), ("--y", y), ("--by", by)):

@@ -63,7 +63,8 @@ def convert_state_dict(
         state_dict: Of a whole model. It is not changed; tensors of the result are the same ones.
         to: ``"batch_norm"``, which is torch's, or a target of :func:`syncnorm.convert`. The statistics family (torch's
             SyncBatchNorm, ours, batch renorm, ...) has batch norm's entries.
-        include: Globs on qualified names; only these layers. A norm without statistics is translated only if named here.
+        include: Globs on qualified names; only these layers. Norms without statistics are made batch norms if named here, and
+            left by every other target.
         exclude: Globs; these layers are left. Stronger than ``include``.
 
     Returns:
@@ -80,7 +81,7 @@ def convert_state_dict(
     """
     family = to == "batch_norm" or to in STATISTICS_FAMILIES
     found = _norms(state_dict)
-    chosen = {name: entries for name, entries in found.items() if _tracks(entries) or _any(name, include)}
+    chosen = {n: entries for n, entries in found.items() if _tracks(entries) or (family and _any(n, include))}
     _refuse_nothing(found, chosen)
     stand_in = _assemble({name: _layer(entries) for name, entries in chosen.items()})
     validate_state_dict(stand_in, state_dict)
@@ -151,8 +152,8 @@ def _refuse_nothing(found: Mapping[str, Any], chosen: Mapping[str, Any]) -> None
     text = "no entry is a batch norm's, which would be a running_mean and a running_var of one value per channel."
     if found:
         text += (
-            " Group, layer and instance norms cannot be told apart here, all are a weight and a bias: name those to translate "
-            f"with include, out of {display_names(found)}."
+            " Group, layer and instance norms cannot be told apart here, all are a weight and a bias: to='batch_norm' makes "
+            f"batch norms of those that include names, out of {display_names(found)}."
         )
     raise NoNormsError(text)
 

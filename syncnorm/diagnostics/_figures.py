@@ -8,6 +8,7 @@ from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator
 
 __all__ = ["demo_figure", "history_figure", "ratio_figure", "save", "series_figure"]
 
@@ -97,26 +98,41 @@ def ratio_figure(groups: Mapping[str, Sequence[tuple[str, float, float, float]]]
 
 
 def series_figure(rows: Sequence[Row], x: str, y: str, by: str | None = None) -> Figure:
-    """``y`` over ``x``, the mean and standard deviation over all rows that share ``x``, a line for each value of ``by``."""
+    """``y`` over ``x``: mean and standard deviation over the rows that share ``x``, a line for each value of ``by``.
+
+    Rows without ``x``, of something that does not depend on it, are a dashed line at their mean.
+    """
     figure = Figure(figsize=(8, 4.8), layout="constrained")
     axes = figure.subplots()
     names = list(dict.fromkeys(row[by] for row in rows)) if by else [""]
+    means: list[float] = []
     for name, (colour, marker) in zip(names, _styles(len(names)), strict=True):
-        points = _means([row for row in rows if not by or row[by] == name], x, y)
-        xs, means, deviations = zip(*points, strict=True)
-        axes.errorbar(xs, means, yerr=deviations, color=colour, marker=marker, capsize=3, label=str(name))
-    ticks = sorted({row[x] for row in rows})
+        mine = [row for row in rows if _is_number(row[y]) and (not by or row[by] == name)]
+        points = _means([row for row in mine if _is_number(row[x])], x, y)
+        level = [row[y] for row in mine if not _is_number(row[x])]
+        if points:
+            xs, ys, deviations = zip(*points, strict=True)
+            axes.errorbar(xs, ys, yerr=deviations, color=colour, marker=marker, capsize=3, label=str(name))
+            means += ys
+        if level:
+            axes.axhline(fmean(level), color=colour, ls="--", label=f"{name}, any {_words(x)}" if points else str(name))
+            means.append(fmean(level))
+    ticks = sorted({row[x] for row in rows if _is_number(row[x])})
     if len(ticks) <= 12:
         if min(ticks) > 0 and max(ticks) >= 8 * min(ticks):
             axes.set_xscale("log", base=2)
         axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
-        axes.minorticks_off()
-    axes.set(xlabel=_words(x), ylabel=_words(y))
-    axes.set_ylim(bottom=min(0, axes.get_ylim()[0]))
-    axes.set_title("mean ± standard deviation", fontsize=10)
+    axes.set(xlabel=_words(x), ylabel=_words(y), title="mean ± standard deviation")
+    if min(means) > 0 and max(means) >= 10 * min(means):
+        axes.set_yscale("log")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_major_formatter("{x:g}")
+    else:
+        axes.set_ylim(bottom=min(0, axes.get_ylim()[0]))
+    axes.minorticks_off()
     axes.grid(alpha=0.3)
     if by:
-        axes.legend(title=_words(by), frameon=False)
+        axes.legend(title=_words(by), frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
     return _bare(figure)
 
 
