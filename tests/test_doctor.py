@@ -241,6 +241,9 @@ def test_doctor_and_inspect_print_and_count(capsys: pytest.CaptureFixture[str]) 
     assert [finding["code"] for finding in found] == ["not-synchronised", "batch-of-one"]
     assert cli.main(["inspect", "tests.doctor_models:left", "--json"]) == 0
     assert [row["type"] for row in json.loads(capsys.readouterr().out)["rows"]] == ["Own", "BatchNorm1d"]
+    assert cli.main(["inspect", "tests.doctor_models:left", "--to", "group_norm", "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert [(entry["name"], entry["action"]) for entry in told["entries"]] == [("1", "skip"), ("2", "replace")]
     assert cli.main(["inspect", "tests.doctor_models:Checkpointed"]) == 0
     assert "1 × BatchNorm1d" in capsys.readouterr().out
     assert cli.main(["doctor", "--no-trial"]) == 0
@@ -249,6 +252,7 @@ def test_doctor_and_inspect_print_and_count(capsys: pytest.CaptureFixture[str]) 
 def test_drawn_only_for_a_terminal_that_wants_it(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    pytest.importorskip("rich", reason="draws")
     report = syncnorm.inspect(plain())
     trial = _doctor.DoctorReport(
         {}, {}, (_selftest.Trial("a", True, "b", 1), _selftest.Trial("c", False, "d", 1)), (), ()
@@ -292,6 +296,7 @@ def test_drawn_only_for_a_terminal_that_wants_it(
         (["doctor", "--ranks", "0"], "argument --ranks: must be a number from 1, got '0'"),
         (["doctor", "--frobnicate"], "unrecognized arguments: --frobnicate"),
         (["inspect"], "required: pkg.mod:factory"),
+        (["inspect", "tests.doctor_models:plain", "--to", "ghost_batch_norm"], "needs virtual_batch_size=n; see syncnorm"),
         *(([name, "tests.doctor_models:without"], "makes a Sequential without any normalisation layer.") for name in MODELS),
     ],
 )  # fmt: skip

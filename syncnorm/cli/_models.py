@@ -14,17 +14,20 @@ if TYPE_CHECKING:
 __all__ = ["advise", "doctor", "inspect", "verify"]
 
 
-def inspect(target: Target) -> Report:
+def inspect(target: Target, *, to: To | None = None) -> Report:
     """List the norms of a model and what deserves a second look.
 
-    Runs nothing and changes nothing; the same as print(syncnorm.inspect(model)).
+    Runs nothing and changes nothing; the same as print(syncnorm.inspect(model)), with --to as print(syncnorm.plan(model, to)).
 
     Args:
         target: The model: a function without arguments that returns it, for example my_project.models:build.
+        to: Say instead what syncnorm.convert would make of which layer, and why.
     """
+    from syncnorm.conversion import plan
     from syncnorm.diagnostics import inspect
 
-    return inspect(_load(target).model)
+    model = _load(target).model
+    return inspect(model) if to is None else plan(model, to)
 
 
 def verify(target: Target, *, shape: Shape = (), ranks: Count = 2, to: To = "sync_batch_norm") -> Report:

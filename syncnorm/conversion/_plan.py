@@ -12,7 +12,7 @@ from syncnorm.conversion._fused_forward import takes_in
 from syncnorm.conversion._layers import SHARDED, Layer, class_names, display, find_layers, walk
 from syncnorm.conversion._replace import STATISTICS
 from syncnorm.conversion._select import Patterns, has_globs, select
-from syncnorm.conversion._table import table
+from syncnorm.conversion._table import Report, Table
 from syncnorm.conversion._targets import TARGETS, check_options
 from syncnorm.conversion._verdict import Verdict, judge
 from syncnorm.errors import SyncNormError
@@ -49,7 +49,7 @@ class Entry:
 
 
 @dataclass(frozen=True)
-class Plan:
+class Plan(Report):
     """What :func:`syncnorm.convert` would do; prints as a table.
 
     Attributes:
@@ -69,7 +69,14 @@ class Plan:
         counted = Counter(entry.action for entry in self.entries)
         return {action: counted[action] for action in ("swap", "replace", "keep", "skip")}
 
-    def __str__(self) -> str:
+    def to_dict(self) -> dict[str, Any]:
+        """As plain data for JSON: ``to``, ``options``, and what each entry says."""
+        told = ("name", "aliases", "source", "target", "action", "reason")
+        entries = [{name: getattr(entry, name) for name in told} for entry in self.entries]
+        return {"to": self.to, "options": self.options, "entries": entries}
+
+    def parts(self) -> list[str | Table]:
+        """How many layers have which action, and a row for each."""
         counts = (
             ", ".join(f"{number} {action}" for action, number in self.counts.items() if number) or "nothing to convert"
         )
@@ -83,7 +90,7 @@ class Plan:
             )
             for e in self.entries
         ]
-        return f"to {self.to}: {counts}\n" + table(("layer", "class", "action", "becomes", "reason"), rows)
+        return [f"to {self.to}: {counts}", Table(("layer", "class", "action", "becomes", "reason"), rows)]
 
 
 def plan(
