@@ -1,5 +1,8 @@
 """Tier: gloo ranks. Ranks with 5, 3 and 2 batches finish, and every step is that of the ranks that still had data."""
 
+import os
+import threading
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -87,6 +90,25 @@ def test_a_bare_layer() -> None:
         torch.testing.assert_close(torch.tensor(mean, dtype=torch.float64), exact.running_mean, rtol=1e-12, atol=1e-12)
 
 
+def _many_epochs() -> list[tuple[int, int]]:
+    rank, seen = dist.get_rank(), []
+    syncnorm.set_watch(20.0)
+    layer = syncnorm.SyncBatchNorm1d(6, dtype=torch.float64)
+    for epoch in range(4):
+        with syncnorm.join(layer):
+            for step in range(0 if epoch == 0 and rank else 1 + rank):  # at first one rank has nothing at all
+                loss(layer(batch(step, rank))).backward()
+        seen.append((len(os.listdir("/proc/self/fd")), threading.active_count()))
+    return seen
+
+
+@pytest.mark.gloo
+@pytest.mark.skipif(not os.path.exists("/proc/self/fd"), reason="open files are counted in /proc")
+def test_epochs_leave_neither_files_nor_threads() -> None:
+    for seen in run_ranks(_many_epochs, 2, timeout=60):
+        assert len(set(seen)) == 1, seen
+
+
 def _no_join() -> str:
     syncnorm.set_watch(2.0)
     rank = dist.get_rank()
@@ -103,6 +125,13 @@ def _no_join() -> str:
 @pytest.mark.gloo
 def test_without_it_there_is_a_named_error() -> None:
     assert run_ranks(_no_join, 2, timeout=60, group_timeout=8)[0] == "SyncNormTimeout"
+
+
+def test_a_lone_process_has_nobody_to_wait_for() -> None:
+    layer, exact = syncnorm.SyncBatchNorm1d(6, dtype=torch.float64), nn.BatchNorm1d(6, dtype=torch.float64)
+    x = torch.randn(4, 6, dtype=torch.float64)
+    with syncnorm.join(layer):
+        assert torch.equal(layer(x), exact(x))
 
 
 def test_off_is_refused() -> None:

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from syncnorm.distributed.agreement import check_level
+from syncnorm.distributed.collectives import is_initialized
 from syncnorm.distributed.groups import Group, GroupSpec
-from syncnorm.distributed.join import Join, Joinable, StandIn, twin_of
+from syncnorm.distributed.join import Join, Joinable, StandIn, forget_twin, twin_of
 from syncnorm.errors import SyncNormError
 from syncnorm.modules import SyncStatistics
 from syncnorm.modules._over_ranks import OverRanks
@@ -55,6 +56,9 @@ def join(model: nn.Module, **options: Any) -> Iterator[nn.Module]:
             f"syncnorm.join does not know how to stand in for {others[:5]}, which meet ranks in ways of their own. Give all "
             "ranks equally many batches."
         )
+    if not is_initialized():  # a lone process has nobody to wait for
+        yield model
+        return
     layers = [m for m in model.modules() if isinstance(m, SyncStatistics) and m._sync]
     before = [(layer, layer._group_spec) for layer in layers]
     specs: dict[GroupSpec, Any] = {}
@@ -77,6 +81,10 @@ def join(model: nn.Module, **options: Any) -> Iterator[nn.Module]:
             layer._group_spec = specs[spec][0]
         with Join(joinables, **options):
             yield model
+    except BaseException:
+        for spec in specs:
+            forget_twin(spec)
+        raise
     finally:
         step.remove()
         for layer, spec in before:

@@ -27,7 +27,17 @@ from syncnorm.distributed.watch import is_watching, sum_watched
 from syncnorm.distributed.wire import sum_row
 from syncnorm.errors import SyncNormMismatch, SyncNormPeerLost, SyncNormTimeout
 
-__all__ = ["POISON", "Call", "begin_call", "check_level", "dismiss", "set_check", "stand_in", "sum_agreed"]
+__all__ = [
+    "POISON",
+    "Call",
+    "begin_anew",
+    "begin_call",
+    "check_level",
+    "dismiss",
+    "set_check",
+    "stand_in",
+    "sum_agreed",
+]
 
 LEVELS = ("off", "inline", "full")
 
@@ -133,6 +143,12 @@ class _Ledger:
 
 
 _LEDGERS: WeakKeyDictionary[Any, _Ledger] = WeakKeyDictionary()
+
+
+def begin_anew(group: Group) -> None:
+    """Forget what has met over ``group``; all its ranks call this together, and none of its layers is in a step."""
+    if group.size > 1:
+        _LEDGERS.pop(find_group(group.name), None)
 
 
 def begin_call(site: object, group: Group, x: Tensor) -> Call | None:

@@ -4,33 +4,49 @@ In the end all ranks have the buffers of the one that has counted the most batch
 """
 
 import threading
+from contextlib import suppress
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.algorithms.join import Join, Joinable, JoinHook
 
-from syncnorm.distributed.agreement import dismiss, stand_in
+from syncnorm.distributed.agreement import begin_anew, dismiss, stand_in
 from syncnorm.distributed.collectives import all_reduce_sum, find_group, group_device, group_position, group_ranks
 from syncnorm.distributed.gather import gather_rows
 from syncnorm.distributed.groups import Group, GroupSpec, group_spec, resolve
 
-__all__ = ["Join", "Joinable", "StandIn", "twin_of"]
+__all__ = ["Join", "Joinable", "StandIn", "forget_twin", "twin_of"]
+
+
+# By the group. Kept for the next time, as torch cannot make such a group again once it has been destroyed: the next one would
+# have its name, and read its addresses.
+_twins: WeakKeyDictionary[Any, GroupSpec] = WeakKeyDictionary()
 
 
 def twin_of(spec: GroupSpec) -> tuple[GroupSpec, Group]:
-    """A new group of the same ranks, made by all of them together, and its spec.
+    """Another group of the same ranks, made by all of them together at the first time, and its spec.
 
     What stands in answers from a thread of its own, while DDP's hook meets the same ranks from the main thread; over one group
     the two would get into each other's way.
     """
     group = resolve(spec)
-    ranks = list(group_ranks(group.name))
-    backend = dist.get_backend_config(find_group(group.name))
-    twin = dist.new_group(ranks, backend=backend, use_local_synchronization=True)
-    made = group_spec(twin)
-    return made, resolve(made)
+    live = find_group(group.name)
+    made = _twins.get(live)
+    if made is None or group_ranks(made.name) != made.ranks:
+        ranks, backend = list(group_ranks(group.name)), dist.get_backend_config(live)
+        made = _twins[live] = group_spec(dist.new_group(ranks, backend=backend, use_local_synchronization=True))
+    twin = resolve(made)
+    begin_anew(twin)
+    return made, twin
+
+
+def forget_twin(spec: GroupSpec) -> None:
+    """Make another one the next time: the ranks of this one are out of step."""
+    with suppress(RuntimeError, ValueError, KeyError):  # it may have gone with the world
+        _twins.pop(find_group(resolve(spec).name), None)
 
 
 class StandIn(Joinable):

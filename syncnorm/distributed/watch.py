@@ -10,6 +10,7 @@ import json
 import os
 import threading
 import time
+import weakref
 from datetime import timedelta
 from typing import Any
 from weakref import WeakKeyDictionary, WeakSet
@@ -39,8 +40,9 @@ def set_watch(seconds: float | None) -> None:
 
     With it a rank that was killed raises :class:`SyncNormPeerLost` on every other rank within seconds, and a rank that is
     stopped or busy elsewhere :class:`SyncNormTimeout` after ``seconds``, in place of gloo's time limit of half an hour. Either
-    says of every rank which layer and call it was in last. Costs a thread per process that wakes four times a second, and a
-    process group of its own for each group of ranks. Exchanges on an accelerator and inside ``torch.compile`` are not watched.
+    says of every rank which layer and call it was in last. Costs a thread that wakes four times a second, and a process group
+    that lives as long as the world, for each group of ranks. Exchanges on an accelerator and inside ``torch.compile`` are not
+    watched.
 
     Args:
         seconds: How long ranks wait for one that lives and does not come; None to stop watching.
@@ -99,7 +101,8 @@ class _Post:
     All that goes through the store does so in a thread: where a link is cut, the store does not answer for minutes.
     """
 
-    def __init__(self, ranks: tuple[int, ...], me: int, name: str, store: Any) -> None:
+    def __init__(self, live: Any, ranks: tuple[int, ...], me: int, name: str, store: Any) -> None:
+        self._live = weakref.ref(live)  # the group that is watched
         self.ranks, self.me, self.name, self.store = ranks, me, name, store
         self.place, self.inside, self.meetings = "", False, 0
         self.told: str | None = None
@@ -213,7 +216,7 @@ class _Post:
         return self._reached and self._answered.wait(_SILENCE) and self._reached
 
     def _serve(self) -> None:
-        while not self._over and find_group_or_none(self.name) is not None:
+        while not self._over and self._live() is not None and find_group_or_none(self.name) is not None:
             asked = self._asked.wait(_TURN)
             self._asked.clear()
             try:
@@ -268,7 +271,7 @@ def _post(group: Group, where: str, patience: float) -> _Post:
         name = own.group_name
         del own  # a group that somebody holds cannot be destroyed
         store = dist.PrefixStore(f"watch/{name}", group_store(group.name))
-        post = _POSTS[live] = _Post(ranks, me, name, store)
+        post = _POSTS[live] = _Post(live, ranks, me, name, store)
     return post
 
 
