@@ -1,11 +1,13 @@
 """Tier: gloo ranks. A rank that is killed, stopped, stuck or done is named on every other rank, with where all of them were."""
 
 import atexit
+import gc
 import os
 import re
 import signal
 import threading
 import time
+import weakref
 from datetime import timedelta
 from typing import Any
 
@@ -15,6 +17,7 @@ import torch.distributed as dist
 from torch import nn
 
 import syncnorm
+from syncnorm.distributed import collectives
 from syncnorm.testing import run_ranks
 
 Outcome = tuple[str, str, float]
@@ -159,3 +162,28 @@ def _ends(work: Any) -> bool:
 def test_canary_of_torchs_async_work() -> None:
     first, second = run_ranks(_a_turn_that_is_over_leaves_the_work_going, 2)
     assert first[0] >= 3 and first[1] == second[1] == 6.0
+
+
+def _private_hooks(watched: bool) -> None:
+    syncnorm.set_watch(20.0 if watched else None)
+    pair = dist.new_group([0, 1], timeout=timedelta(seconds=7))
+    name, layer = pair.group_name, syncnorm.SyncBatchNorm1d(8, process_group=pair)
+    layer(torch.randn(4, 8, requires_grad=True)).sum().backward()
+    assert collectives.find_group(name) is pair and collectives.group_ranks(name) == (0, 1)
+    assert collectives.group_device(name).type == "cpu" and collectives.group_backend(name, "cpu") == "gloo"
+    assert collectives.group_timeout(name, "cpu") == timedelta(seconds=7)
+    collectives.group_store(name).set(f"{dist.get_rank()}", "here")
+    held = weakref.ref(pair)
+    dist.barrier()
+    dist.destroy_process_group(pair)
+    del pair
+    gc.collect()
+    assert held() is None  # or its connections would stay, and those who wait for this rank would wait on
+    with pytest.raises(RuntimeError, match="resolve"):
+        collectives.find_group(name)
+
+
+@pytest.mark.gloo
+@pytest.mark.parametrize("watched", [False, True])
+def test_canary_of_what_torch_keeps_private_about_a_group_and_nobody_holds_one(watched: bool) -> None:
+    run_ranks(_private_hooks, 2, watched)
