@@ -94,6 +94,28 @@ def test_a_rank_that_comes_in_time_is_no_fault(fault: str) -> None:
     assert [kind for kind, *_ in outcomes] == ["completed"] * 2
 
 
+def _other_group() -> tuple[str, str]:
+    syncnorm.set_watch(2.0)
+    groups = [dist.new_group([0, 1]) for _ in range(2)]
+    layers, x = [syncnorm.SyncBatchNorm1d(8, process_group=group) for group in groups], torch.randn(4, 8)
+    for layer in layers:
+        layer(x)
+    try:
+        layers[dist.get_rank()](x)
+    except syncnorm.SyncNormError as error:
+        time.sleep(1.0)  # the other has waited as long, and looks where this one is
+        return type(error).__name__, str(error)
+    return "", ""
+
+
+@pytest.mark.gloo
+def test_a_rank_that_waits_in_an_exchange_of_another_group_is_told_from_one_in_user_code() -> None:
+    for rank, (kind, text) in enumerate(run_ranks(_other_group, 2, timeout=60)):
+        assert kind == "SyncNormTimeout" and f"ranks [{1 - rank}] wait in another exchange" in text, text
+        assert f"rank {1 - rank} in SyncBatchNorm1d (first met at exchange #1) call 2 forward C=8 float32" in text
+        assert "with ranks [0, 1]" in text
+
+
 def _leaves_the_world_usable() -> list[Any]:
     syncnorm.set_watch(2.0)
     layer, x = syncnorm.SyncBatchNorm1d(8), torch.randn(4, 8)

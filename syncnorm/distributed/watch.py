@@ -90,7 +90,7 @@ def sum_watched(row: Tensor, group: Group, place: str) -> Tensor:
         failure = post.failure(waited, broken, _patience)
         if failure is not None:
             del work
-            raise failure
+            raise failure  # and stay inside, for those who look where this rank has been
     post.leave()
     return row
 
@@ -171,9 +171,10 @@ class _Post:
         parts = []
         if frozen := [r for r in late if r in silent]:
             parts.append(f"ranks {frozen} do not answer: stopped, frozen or cut off")
-        if away := [r for r in late if r not in silent and not self.records.get(r, {}).get("inside")]:
+        inside = {r: self.records.get(r, {}).get("inside") or self.records.get(r, {}).get("other") for r in late}
+        if away := [r for r in late if r not in silent and not inside[r]]:
             parts.append(f"ranks {away} run code outside of synchronised layers")
-        if elsewhere := [r for r in late if r not in silent and r not in away]:
+        if elsewhere := [r for r in late if r not in silent and inside[r]]:
             parts.append(f"ranks {elsewhere} wait in another exchange")
         return "; ".join(parts) or "all ranks are here and the exchange does not end"
 
@@ -242,6 +243,9 @@ class _Post:
     def _write(self) -> None:
         self._count += 1
         own = {"count": self._count, "inside": self.inside, "meetings": self.meetings, "place": self.place[:_SHOWN]}
+        posts = [post for post in list(_SERVED) if post is not self and post.me == self.me and post.inside]
+        posts.sort(key=lambda post: post.told is not None)
+        own["other"] = f"{posts[0].place[:_SHOWN]} with ranks {list(posts[0].ranks)}" if posts else ""
         self.store.set(str(self.me), json.dumps({**own, **self._identity}))
 
 
@@ -312,6 +316,8 @@ def find_group_or_none(name: str) -> Any:
 
 
 def _where(record: dict[str, Any]) -> str:
+    if record.get("other"):
+        return f"in {printable(record['other'], 2 * _SHOWN)}"
     place = printable(record.get("place", ""), _SHOWN)
     if not place:
         return "has met nobody"
