@@ -64,6 +64,7 @@ from syncnorm.modules import (
 if TYPE_CHECKING:
     from syncnorm.diagnostics import advise as advise
     from syncnorm.diagnostics import verify as verify
+    from syncnorm.lightning import NormMonitor as NormMonitor
     from syncnorm.lightning import PreciseBatchNorm as PreciseBatchNorm
     from syncnorm.lightning import RenormSchedule as RenormSchedule
     from syncnorm.lightning import SyncNorm as SyncNorm
@@ -92,6 +93,7 @@ __all__ = [
     "MovingAverageBatchNorm1d",
     "MovingAverageBatchNorm2d",
     "MovingAverageBatchNorm3d",
+    "NormMonitor",
     "PreciseBatchNorm",
     "RMSNorm",
     "RunningNorm",
@@ -136,6 +138,7 @@ __all__ = [
 ]
 
 _LAZY = {
+    "NormMonitor": "syncnorm.lightning",
     "PreciseBatchNorm": "syncnorm.lightning",
     "RenormSchedule": "syncnorm.lightning",
     "SyncNorm": "syncnorm.lightning",

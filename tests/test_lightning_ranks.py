@@ -198,6 +198,26 @@ def precise(folder: Path) -> Any:
     return fit(Training(), SyncNorm(), syncnorm.PreciseBatchNorm(forward=lambda model, batch: model.net(batch[0])))
 
 
+class Logged(Callback):
+    """What a NormMonitor before it has logged last."""
+
+    def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+        found = trainer.callback_metrics.items()
+        self.values = {key: float(value) for key, value in found if key.startswith("sn/")}
+
+
+def monitored(folder: Path) -> Any:
+    runs = {}
+    for name, callbacks in (("local", ()), ("synced", (SyncNorm(),))):
+        logged = Logged()
+        with count_collectives() as counts:
+            run = fit(Training(), *callbacks, syncnorm.NormMonitor(4, heat_map=False), logged)
+        runs[name] = run | {"logged": logged.values, "gathers": counts["all_gather"]}
+    runs["picture"] = fit(Training(), syncnorm.NormMonitor(4), default_root_dir=folder / str(dist.get_rank()))
+    runs["drawn"] = (folder / str(dist.get_rank()) / "sn_norms.png").exists()
+    return runs
+
+
 def nothing_to_do(folder: Path) -> Any:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -234,6 +254,7 @@ CASES = {
     "exception": exception_then_fit,
     "every stage": every_stage,
     "resume": resume,
+    "monitored": monitored,
     "group norm": group_norm,
     "side by side": side_by_side,
     "settings of before": settings_of_before,
@@ -376,6 +397,24 @@ def test_drift_is_found_at_the_next_audit(case: Any) -> None:
     assert "(largest difference 1)" in run["text"]
     assert run["batches"] == 8
     assert run["restored"] == LOCAL
+
+
+def test_norms_are_monitored_over_ranks_and_training_does_not_notice(case: Any, whole_batch: Any, ranks: Any) -> None:
+    runs = case("monitored")
+    local, synced = runs["local"], runs["synced"]
+    assert distance(local["state"], case("without")["state"]) == 0
+    assert distance(synced["state"], whole_batch) < TOLERANCE
+    assert local["logged"]["sn/drift"] > 1e-3 > synced["logged"]["sn/drift"] == 0
+    # The head's norm has the smallest batch: 2 samples a rank, 4 together.
+    assert (local["logged"]["sn/batch"], synced["logged"]["sn/batch"]) == (2, 4)
+    assert (local["logged"]["sn/exchanges"], synced["logged"]["sn/exchanges"]) == (0, 4)
+    assert 0 < synced["logged"]["sn/noise"] < 1
+    # 3 looks in 12 steps; 14 channels are more numbers than one gather takes.
+    assert local["gathers"] == synced["gathers"] == 6
+    others = ranks[1]["monitored"]
+    for name in ("local", "synced"):
+        assert others[name]["logged"] == runs[name]["logged"], "every rank has the same numbers"
+    assert runs["drawn"] and not others["drawn"]
 
 
 def test_sync_batchnorm_beside_it_is_refused(case: Any) -> None:

@@ -293,6 +293,13 @@ def test_nothing_stays_on_the_model() -> None:
         probe.close()
         model(data(3)[0])
     assert probe.reading is not None and seen == [1, 0]
+    other = NormProbe(model)
+    probe.__enter__()
+    other.__enter__()
+    probe.close()  # not the last one that began
+    assert agreement._sum is not exchange
+    other.close()
+    assert agreement._sum is exchange and torch._dynamo.eval_frame._stance.stance == "default"
 
 
 def test_bad_input() -> None:

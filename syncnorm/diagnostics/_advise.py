@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator
 from itertools import chain, islice
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -21,7 +22,7 @@ from syncnorm.conversion._select import Patterns
 from syncnorm.diagnostics._advice import Advice, AdviceRow, Decision, Evidence, decide
 from syncnorm.diagnostics._exchange_cost import step_cost
 from syncnorm.diagnostics._norm_probe import NormProbe, is_centred, running_rows
-from syncnorm.diagnostics._norm_rows import Input, between_share, evaluation_gap, merge_rows, over_channels
+from syncnorm.diagnostics._norm_rows import Array, Input, between_share, evaluation_gap, merge_rows, over_channels
 from syncnorm.distributed.groups import _machine_id, group_spec, resolve
 from syncnorm.modules import SyncStatistics
 from syncnorm.modules._mixed_statistics import MixedStatistics
@@ -94,7 +95,7 @@ def advise(
         meeting.refuse()
         raise
     head = torch.tensor([float(_machine_id() % 2**40), float(count)], dtype=torch.float64)
-    mine = torch.cat([found, torch.cat([_own_rows(layer) for layer in probe.layers.values()], 1)])
+    mine = torch.cat([found, _own_rows(probe)])
     told = meeting.gather(torch.cat([head, mine.flatten()]))
     rows, total = merge_rows(told[:, 2:].view(-1, *mine.shape)), int(told[:, 1].sum())
     if not rows[Input.COUNT].any():
@@ -118,7 +119,7 @@ def _measure(model: nn.Module, probe: NormProbe, batches: Iterator[Any], forward
         with probe:
             forward(model, batch)
         assert probe.reading is not None
-        found = merge_rows(torch.stack([found, probe.reading.inputs.cpu()]))
+        found = merge_rows(torch.stack([found, probe.reading.inputs]))
         count += 1
 
     # To normalise by the batch would hide from the next layer how far its mean is off: what a layer is given must not depend
@@ -157,21 +158,21 @@ def _advice(model: nn.Module, probe: NormProbe, rows: Tensor, total: int, ranks:
 
 
 def _evidence(model: nn.Module, probe: NormProbe, rows: Tensor) -> list[tuple[Evidence, float | None]]:
-    features = probe.num_features
+    features, table = probe.num_features, rows.numpy()
 
-    def mean(values: Tensor) -> list[float | None]:
-        means = over_channels(values, features, torch.mean).tolist()
-        return [None if math.isnan(value) else value for value in means]
+    def mean(values: Array) -> list[float | None]:
+        return [None if math.isnan(value) else value for value in over_channels(values, features)[0].tolist()]
 
-    parts = rows[Input.PARTS].clamp(min=1)
-    noise = mean(between_share(rows, Input.WITHIN, Input.PARTS))
+    parts = np.maximum(table[Input.PARTS], 1)
+    share = between_share(table, Input.WITHIN, Input.PARTS)
+    noise = mean(share)
     # That of n values drawn at random is 1/n: the mean of the parts' means takes one degree of freedom.
-    free = mean(between_share(rows, Input.WITHIN, Input.PARTS) * parts / (parts - 1))
-    among = mean(between_share(rows, Input.WITHIN_SAMPLES, Input.SAMPLES))
-    values, samples = mean(rows[Input.COUNT] / parts), mean(rows[Input.SAMPLES] / parts)
+    free = mean(share * parts / np.maximum(parts - 1, 1))
+    among = mean(between_share(table, Input.WITHIN_SAMPLES, Input.SAMPLES))
+    values, samples = mean(table[Input.COUNT] / parts), mean(table[Input.SAMPLES] / parts)
+    running = table[len(Input) :]
+    gaps, seen = mean(evaluation_gap(table, running)), mean(running[4] / np.maximum(running[0], 1))
     evidence = []
-    running = rows[len(Input) :]
-    gaps, seen = mean(evaluation_gap(rows, running)), mean(running[4] / running[0])
     for at, layer in enumerate(probe.layers.values()):
         number, size = values[at] or 0.0, samples[at] or 0.0
         drawn = free[at]
@@ -217,11 +218,12 @@ def _share(layer: Any, samples: float) -> float:
     return float(size) if ghost is None else min(ghost / max(samples, 1.0), float(size))
 
 
-def _own_rows(layer: Any) -> Tensor:
+def _own_rows(probe: NormProbe) -> Tensor:
     """Running statistics ``[4, C]``, and a row with the number of batches that they have seen."""
-    rows = running_rows(layer).cpu()
-    counter = layer._buffers.get("num_batches_tracked")
-    return torch.cat([rows, rows[:1] * (0 if counter is None else int(counter))])
+    rows = running_rows(probe)
+    counters = [layer._buffers.get("num_batches_tracked") for layer in probe.layers.values()]
+    seen = torch.tensor([0.0 if counter is None else float(counter) for counter in counters], dtype=torch.float64)
+    return torch.cat([rows, rows[:1] * seen.repeat_interleave(torch.tensor(probe.num_features))])
 
 
 def _costs(

@@ -30,25 +30,33 @@ class ExchangeMeter:
         self.exchanges, self.num_bytes, self.seconds = 0, 0, 0.0
 
     def __enter__(self) -> Self:
-        self._sum = agreement._sum
-        self._put(self._measure)
+        if not _RUNNING:
+            agreement.__dict__["_sum"] = _measured_sum
+        _RUNNING.append(self)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._put(self._sum)
+        _RUNNING.remove(self)
+        if not _RUNNING:
+            agreement.__dict__["_sum"] = _sum
 
-    def _put(self, function: Any) -> None:
-        agreement.__dict__["_sum"] = function
 
-    def _measure(self, row: Tensor, group: Any, place: Any) -> Tensor:
-        if torch.compiler.is_compiling():
-            return self._sum(row, group, place)
-        self.exchanges += 1
-        self.num_bytes += row.numel() * row.element_size()
-        began = time.perf_counter()
-        try:
-            return self._sum(row, group, place)
-        finally:
-            self.seconds += time.perf_counter() - began
+# Meters need not end in the reverse of the order in which they began, so what was there before is not each one's own affair.
+_RUNNING: list[ExchangeMeter] = []
+_sum = agreement._sum
+
+
+def _measured_sum(row: Tensor, group: Any, place: Any) -> Tensor:
+    if torch.compiler.is_compiling():
+        return _sum(row, group, place)
+    num_bytes, began = row.numel() * row.element_size(), time.perf_counter()
+    try:
+        return _sum(row, group, place)
+    finally:
+        seconds = time.perf_counter() - began
+        for meter in _RUNNING:
+            meter.exchanges += 1
+            meter.num_bytes += num_bytes
+            meter.seconds += seconds

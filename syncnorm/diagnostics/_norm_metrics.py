@@ -5,15 +5,18 @@ Each holds one tensor, and one function merges any number of them, so that it do
 
 # K rows, C channels of all layers together, L layers, R ranks
 
+import statistics
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torchmetrics import Metric
 
 from syncnorm.diagnostics._norm_probe import NormProbe, NormReading, is_centred
 from syncnorm.diagnostics._norm_rows import (
+    Array,
     Input,
     between_share,
     evaluation_gap,
@@ -66,7 +69,7 @@ class NormMetric(Metric):
     full_state_update: bool | None = False
 
     num_rows: ClassVar[int]
-    over: ClassVar[Mapping[str, Callable[[Tensor], Tensor]]]  # by key of the result, how layers become one number
+    over: ClassVar[Mapping[str, Callable[[list[float]], float]]]  # by key of the result, how layers become one number
     rows: Tensor
 
     @staticmethod
@@ -88,16 +91,28 @@ class NormMetric(Metric):
                 f"{type(self).__name__} was made for norms with {sum(self.num_features)} channels together, and got the "
                 f"reading of a probe on {reading.inputs.size(1)}. Make the metric with that probe."
             )
-        self.rows = type(self).merge(torch.stack([self.rows.to(new.device), new]))
+        self.rows = type(self).merge(torch.stack([self.rows, new.to(self.rows.device)]))
+
+    def take(self, reading: NormReading) -> None:
+        """Begin again, with this reading: ``reset`` and ``update`` in one."""
+        self._computed, self._update_count = None, 1
+        self.rows = self._measured(reading).to(self.rows.device)
 
     def compute(self) -> dict[str, Tensor]:
         """By key: a number for the model, or with ``per_layer`` one for each layer ``[L]``; NaN where it is not known."""
-        layers = self._values(self.rows)
-        return layers if self.per_layer else self.summary(layers)
+        layers, device = self.layers(), self.rows.device
+        if self.per_layer:
+            return {key: torch.from_numpy(values).to(device) for key, values in layers.items()}
+        return {key: torch.tensor(v, dtype=torch.float64, device=device) for key, v in self.summary(layers).items()}
 
-    def summary(self, layers: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def layers(self) -> dict[str, Array]:
+        """By key a number for each layer ``[L]``, of what this rank holds now."""
+        with np.errstate(invalid="ignore"):  # NaN is what is not known
+            return self._values(self.rows.cpu().numpy())
+
+    def summary(self, layers: Mapping[str, Array]) -> dict[str, float]:
         """One number for the model from those of its layers."""
-        return {key: over_layers(layers[key].reshape(-1), reduce) for key, reduce in self.over.items()}
+        return {key: over_layers(layers[key].tolist(), reduce) for key, reduce in self.over.items()}
 
     def merge_state(self, incoming_state: dict[str, Any] | Metric) -> None:
         """Add what another metric of this class, or its state, has seen."""
@@ -111,12 +126,15 @@ class NormMetric(Metric):
         """The state of this one reading."""
         raise NotImplementedError
 
-    def _values(self, rows: Tensor) -> dict[str, Tensor]:
+    def _values(self, rows: Array) -> dict[str, Array]:
         """A number for each layer, by key."""
         raise NotImplementedError
 
-    def _mean(self, values: Tensor) -> Tensor:
-        return over_channels(values, self.num_features, torch.mean)
+    def _mean(self, values: Array) -> Array:
+        return over_channels(values, self.num_features)[0]
+
+    def _mean_and_largest(self, key: str, values: Array) -> dict[str, Array]:
+        return dict(zip((key, f"{key}_max"), over_channels(values, self.num_features), strict=True))
 
 
 class RunningStatDrift(NormMetric):
@@ -131,7 +149,7 @@ class RunningStatDrift(NormMetric):
 
     full_state_update = True  # an update takes the place of the one before
     num_rows = 6
-    over: ClassVar = {"drift": torch.mean, "drift_max": torch.amax}
+    over: ClassVar = {"drift": statistics.fmean, "drift_max": max}
 
     @staticmethod
     def merge(parts: Tensor) -> Tensor:
@@ -140,7 +158,7 @@ class RunningStatDrift(NormMetric):
         return torch.stack([*sums, lowest[0], highest[0], lowest[1], highest[1]])
 
     def update(self, reading: NormReading) -> None:
-        self.rows = self._empty()
+        self.rows = self._empty().to(self.rows.device)
         super().update(reading)
 
     def merge_state(self, incoming_state: dict[str, Any] | Metric) -> None:
@@ -157,13 +175,15 @@ class RunningStatDrift(NormMetric):
         known, mean, var, eps = reading.after.unbind(0)
         var = known * (var + eps)
         rows = torch.stack([known, var, mean, mean, var.sqrt(), var.sqrt()])
-        return torch.where(known > 0, rows, self._empty().to(rows.device))
+        return torch.where(known > 0, rows, self._empty())
 
-    def _values(self, rows: Tensor) -> dict[str, Tensor]:
-        number, var, low_mean, high_mean, low_std, high_std = rows.unbind(0)
-        apart = ((high_mean - low_mean).square() + (high_std - low_std).square()).sqrt()
-        drift = torch.where(number > 0, apart / (var / number).sqrt(), torch.nan)
-        return {"drift": self._mean(drift), "drift_max": over_channels(drift, self.num_features, torch.amax)}
+    def _values(self, rows: Array) -> dict[str, Array]:
+        number, var, low_mean, high_mean, low_std, high_std = rows
+        known = number > 0
+        apart = np.hypot(
+            *(np.where(known, high - low, np.nan) for low, high in ((low_mean, high_mean), (low_std, high_std)))
+        )
+        return self._mean_and_largest("drift", apart / np.sqrt(var / np.where(known, number, np.nan)))
 
 
 class TrainEvalGap(NormMetric):
@@ -178,7 +198,7 @@ class TrainEvalGap(NormMetric):
     """
 
     num_rows = 7
-    over: ClassVar = {"gap": torch.mean, "gap_max": torch.amax}
+    over: ClassVar = {"gap": statistics.fmean, "gap_max": max}
 
     def __init__(self, norms: nn.Module | NormProbe, *, per_layer: bool = False, **kwargs: Any) -> None:
         probe = norms if isinstance(norms, NormProbe) else NormProbe(norms)
@@ -189,16 +209,14 @@ class TrainEvalGap(NormMetric):
         known = reading.before[:1]
         return torch.cat([reading.inputs[:3], known, known * reading.before[1:]])
 
-    def _values(self, rows: Tensor) -> dict[str, Tensor]:
+    def _values(self, rows: Array) -> dict[str, Array]:
         moments, running = rows[:3], rows[3:]
         if not all(self._centred):  # moving averages take the mean square about a constant, in training and after
-            centred = torch.cat([rows.new_full((n,), c) for n, c in zip(self.num_features, self._centred, strict=True)])
+            centred = np.repeat(self._centred, self.num_features)
             count, mean, m2 = moments
-            centre = running[1] / running[0].clamp(min=1)
-            about = torch.stack([count, centre, m2 + count * (mean - centre).square()])
-            moments = torch.where(centred > 0, moments, about)
-        gap = evaluation_gap(moments, running)
-        return {"gap": self._mean(gap), "gap_max": over_channels(gap, self.num_features, torch.amax)}
+            centre = running[1] / np.maximum(running[0], 1)
+            moments = np.where(centred, moments, np.stack([count, centre, m2 + count * (mean - centre) ** 2]))
+        return self._mean_and_largest("gap", evaluation_gap(moments, running))
 
 
 class EffectiveBatch(NormMetric):
@@ -208,20 +226,22 @@ class EffectiveBatch(NormMetric):
     ghost, or of all ranks that synchronise. NaN for a layer in evaluation mode. For the model, the smallest.
 
     ``noise``: the share of the variance that lies between parts, Σ n_p(μ_p - μ)² / Σ (x - μ)², where a part is one call on one
-    rank: after one update of each rank, between-rank over total variance. n values drawn at random have about 1/n; more says
-    that they are not independent. NaN for a single part. The mean over channels; for the model, the largest.
+    rank: after one update of each rank, between-rank over total variance. P parts of n values drawn at random have
+    (P - 1)/(Pn - 1), about 1/n if there are many; more says that values are not independent. Behind layers that normalise
+    each part by itself less is left of it: :func:`syncnorm.advise` measures each layer alone. NaN for a single part. The mean
+    over channels; for the model, the largest.
     """
 
     num_rows = len(Input)
-    over: ClassVar = {"batch": torch.amin, "noise": torch.amax}
+    over: ClassVar = {"batch": min, "noise": max}
 
     def _measured(self, reading: NormReading) -> Tensor:
         return reading.inputs
 
-    def _values(self, rows: Tensor) -> dict[str, Tensor]:
-        statistics = torch.where(rows[Input.STATISTICS] > 0, rows[Input.STATISTICS], torch.nan)
+    def _values(self, rows: Array) -> dict[str, Array]:
+        shared = np.where(rows[Input.STATISTICS] > 0, rows[Input.STATISTICS], np.nan)
         noise = between_share(rows, Input.WITHIN, Input.PARTS)
-        return {"batch": self._mean(rows[Input.COUNT] / statistics), "noise": self._mean(noise)}
+        return {"batch": self._mean(rows[Input.COUNT] / shared), "noise": self._mean(noise)}
 
 
 class DeadChannels(NormMetric):
@@ -233,18 +253,17 @@ class DeadChannels(NormMetric):
     """
 
     num_rows = 3
-    over: ClassVar = {"dead": torch.mean, "saturated": torch.mean}
+    over: ClassVar = {"dead": statistics.fmean, "saturated": statistics.fmean}
 
     def _measured(self, reading: NormReading) -> Tensor:
         return reading.outputs
 
-    def _values(self, rows: Tensor) -> dict[str, Tensor]:
-        _, mean, var = moments_of(rows)
-        std = var.sqrt()
-        known = torch.where(std.isnan(), torch.nan, 0.0)
+    def _values(self, rows: Array) -> dict[str, Array]:
+        mean, var = moments_of(rows)
+        std = np.sqrt(var)
         dead = (std < 1e-3) | (mean + 3 * std <= 0)
         saturated = ~dead & (mean - 3 * std >= 0)
-        return {"dead": self._mean(dead + known), "saturated": self._mean(saturated + known)}
+        return {"dead": self._mean(dead + 0 * std), "saturated": self._mean(saturated + 0 * std)}
 
 
 class _LayerMetric(NormMetric):
@@ -267,13 +286,13 @@ class RenormClipRate(_LayerMetric):
     """
 
     num_rows = 3
-    over: ClassVar = {"clip_r": torch.mean, "clip_d": torch.mean}
+    over: ClassVar = {"clip_r": statistics.fmean, "clip_d": statistics.fmean}
 
     def _measured(self, reading: NormReading) -> Tensor:
         return reading.clips
 
-    def _values(self, rows: Tensor) -> dict[str, Tensor]:
-        rates = rows[1:] / torch.where(rows[0] > 0, rows[0], torch.nan)
+    def _values(self, rows: Array) -> dict[str, Array]:
+        rates = rows[1:] / np.where(rows[0] > 0, rows[0], np.nan)
         return {"clip_r": rates[0], "clip_d": rates[1]}
 
 
@@ -286,7 +305,7 @@ class ExchangeCost(_LayerMetric):
     """
 
     num_rows = 4
-    over: ClassVar = {"exchanges": torch.mean, "exchange_kb": torch.mean, "exchange_ms": torch.mean}
+    over: ClassVar = {"exchanges": statistics.fmean, "exchange_kb": statistics.fmean, "exchange_ms": statistics.fmean}
 
     def _empty(self) -> Tensor:
         return torch.zeros(self.num_rows, 1, dtype=torch.float64)
@@ -294,8 +313,8 @@ class ExchangeCost(_LayerMetric):
     def _measured(self, reading: NormReading) -> Tensor:
         return reading.exchanges.unsqueeze(1)
 
-    def _values(self, rows: Tensor) -> dict[str, Tensor]:
-        number, num_bytes, seconds = rows[1:] / torch.where(rows[0] > 0, rows[0], torch.nan)
+    def _values(self, rows: Array) -> dict[str, Array]:
+        number, num_bytes, seconds = rows[1:] / np.where(rows[0] > 0, rows[0], np.nan)
         return {"exchanges": number, "exchange_kb": num_bytes / 1e3, "exchange_ms": seconds * 1e3}
 
 
@@ -305,6 +324,8 @@ def meet(metrics: Sequence[NormMetric], group: Group) -> None:
     Their own ``compute`` would take three collectives for each, and still does unless they were made with
     ``sync_on_compute=False``. Every rank must call this, with the same metrics.
     """
+    if group.size == 1:
+        return
     flat = torch.cat([metric.rows.flatten() for metric in metrics])
     columns = gather_rows(flat, group).split([metric.rows.numel() for metric in metrics], dim=1)
     for metric, rows in zip(metrics, columns, strict=True):

@@ -7,10 +7,14 @@ Nothing stays on the model between steps, so a step that is not looked at costs 
 
 import math
 import sys
+from collections.abc import Iterator
 from contextlib import ExitStack
+from dataclasses import dataclass
+from itertools import chain
 from types import TracebackType
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple, TypeAlias
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from typing_extensions import Self
@@ -18,23 +22,23 @@ from typing_extensions import Self
 from syncnorm.calibration._population import moments_given
 from syncnorm.conversion._layers import display, find_layers, keeps_batch_statistics
 from syncnorm.conversion._select import Patterns, select
-from syncnorm.core.layout import accumulate_dtype, flatten
+from syncnorm.core.layout import accumulate_dtype
+from syncnorm.core.moments import Moments
 from syncnorm.diagnostics._exchange_meter import ExchangeMeter
-from syncnorm.diagnostics._norm_rows import Input, merge_rows, rows_of
+from syncnorm.diagnostics._norm_rows import Array, Input, merge_rows
 from syncnorm.distributed.groups import group_spec, resolve
 from syncnorm.functional._checkpoint import is_recomputing
 from syncnorm.functional._walk import moments_of_none
-from syncnorm.kernels import choose
 from syncnorm.modules import BatchRenorm1d, BatchRenorm2d, BatchRenorm3d, SyncStatistics
 from syncnorm.modules._mixed_statistics import MixedStatistics
 
-__all__ = ["NormProbe", "NormReading", "is_centred", "running_rows"]
+__all__ = ["RENORM", "NormProbe", "NormReading", "is_centred", "running_rows"]
 
-_RENORM = (BatchRenorm1d, BatchRenorm2d, BatchRenorm3d)
+RENORM = (BatchRenorm1d, BatchRenorm2d, BatchRenorm3d)
 
 
 class NormReading(NamedTuple):
-    """What one step did to the norms of a model on this rank; rows of float64, see :mod:`._norm_rows`.
+    """What one step did to the norms of a model on this rank; rows of float64 in host memory, see :mod:`._norm_rows`.
 
     Attributes:
         inputs: What layers were given, ``[8, C]`` in the order of :class:`~._norm_rows.Input`.
@@ -111,13 +115,13 @@ class NormProbe:
         return tuple(int(layer.num_features) for layer in self.layers.values())  # type: ignore[arg-type]
 
     def __enter__(self) -> Self:
-        self._inputs: dict[str, list[Tensor]] = {name: [] for name in self.layers}
-        self._outputs: dict[str, list[Tensor]] = {name: [] for name in self.layers}
-        self._before = [running_rows(layer) for layer in self.layers.values()]
+        self._inputs: dict[str, list[_Call]] = {name: [] for name in self.layers}
+        self._outputs: dict[str, list[_Call]] = {name: [] for name in self.layers}
+        self._before = [_running(layer, clone=True) for layer in self.layers.values()]
         with ExitStack() as stack:
             self._meter = stack.enter_context(ExchangeMeter())
             if "torch._dynamo" in sys.modules:  # else nothing is compiled; the import alone takes seconds
-                stack.enter_context(torch.compiler.set_stance("force_eager"))
+                stack.enter_context(_Eager())
             for name, layer in self.layers.items():
                 before, after = self._hooks(name)
                 # First in line: others may lend the layer statistics.
@@ -138,42 +142,68 @@ class NormProbe:
         self._stack.close()
 
     def _hooks(self, name: str) -> tuple[Any, Any]:
-        @torch.no_grad()
         def before(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             x = args[0] if args else next(iter(kwargs.values()), None)
             if x is not None and _is_measured(layer, x):
-                self._inputs[name].append(_input_rows(layer, x, args, kwargs, self.per_sample))
+                self._inputs[name].append(_call(layer, x.detach(), args, kwargs, self.per_sample))
 
-        @torch.no_grad()
         def after(layer: nn.Module, args: tuple[Any, ...], output: Any) -> None:
             if _is_measured(layer, output):
-                moments = choose("auto", output).batch_moments(flatten(output)) if output.numel() else None
-                self._outputs[name].append(rows_of(moments or moments_of_none(output)))
+                self._outputs[name].append(_call(layer, output.detach(), (), {}, False))
                 if self._inputs[name]:
-                    row = self._inputs[name][-1]
-                    row[Input.STATISTICS] = _num_statistics(layer, output.size(0))
+                    self._inputs[name][-1].statistics = _num_statistics(layer, output.size(0))
 
         return before, after
 
     def _read(self) -> NormReading:
-        device = self._before[0].device
-        layers = list(self.layers.values())
-        clips = [
-            torch.cat([layer._clip_rate.new_ones(1), layer._clip_rate]).to(device)
-            if isinstance(layer, _RENORM) and layer.training and self._inputs[name]
-            else torch.zeros(3, dtype=torch.float64, device=device)
-            for name, layer in self.layers.items()
-        ]
-        meter = self._meter
+        features, meter, layers = self.num_features, self._meter, list(self.layers.values())
+        after = [_running(layer) for layer in layers]
+        calls = [*self._inputs.values(), *self._outputs.values()]
+        host = _on_host([*(t for of in calls for call in of for t in call.tensors()), *chain(*self._before, *after)])
+        clips = torch.zeros(3, len(features), dtype=torch.float64)
+        for at, (name, layer) in enumerate(self.layers.items()):
+            if isinstance(layer, RENORM) and layer.training and self._inputs[name]:
+                clips[0, at], clips[1:, at] = 1.0, layer._clip_rate.cpu()
         cost = [1.0, float(meter.exchanges), float(meter.num_bytes), meter.seconds]
         return NormReading(
-            inputs=_side_by_side(self._inputs, self.num_features, len(Input), device),
-            outputs=_side_by_side(self._outputs, self.num_features, 3, device),
-            before=torch.cat([rows.to(device) for rows in self._before], 1),
-            after=torch.cat([running_rows(layer).to(device) for layer in layers], 1),
-            clips=torch.stack(clips, 1),
-            exchanges=torch.tensor(cost, dtype=torch.float64, device=device),
+            inputs=_call_rows(list(self._inputs.values()), features, host),
+            outputs=_call_rows(list(self._outputs.values()), features, host)[:3],
+            before=_running_rows(layers, self._before, features, host),
+            after=_running_rows(layers, after, features, host),
+            clips=clips,
+            exchanges=torch.tensor(cost, dtype=torch.float64),
         )
+
+
+class _Eager:
+    """Within, what ``torch.compile`` made runs as it was written; until the last of several, in whatever order they end."""
+
+    open: ClassVar[int] = 0
+    stance: ClassVar[Any] = None
+
+    def __enter__(self) -> None:
+        if not _Eager.open:
+            _Eager.stance = torch.compiler.set_stance("force_eager")
+        _Eager.open += 1
+
+    def __exit__(self, *_: object) -> None:
+        _Eager.open -= 1
+        if not _Eager.open:
+            _Eager.stance.__exit__(None, None, None)
+
+
+@dataclass(slots=True)
+class _Call:
+    """Moments of what one call was given or gave; the rest is put into rows for all layers at once, later."""
+
+    moments: Moments
+    samples: int
+    statistics: float = 0.0
+    within_samples: Tensor | None = None
+
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        """All that it holds."""
+        return self.moments.mean, self.moments.m2, self.within_samples
 
 
 def _is_measurable(module: nn.Module) -> bool:
@@ -194,21 +224,56 @@ def _is_measured(layer: Any, x: Any) -> bool:
     )
 
 
-def _input_rows(layer: nn.Module, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any], per_sample: bool) -> Tensor:
-    x = x.detach()
-    moments = moments_given(layer, x, args, kwargs) if x.numel() else moments_of_none(x)
-    rows = moments.mean.new_zeros(len(Input), moments.mean.numel())
-    rows[:3] = rows_of(moments)
-    rows[Input.WITHIN] = moments.m2
-    rows[Input.PARTS] = rows[Input.COUNT].sign()
-    if per_sample and x.numel():
-        rows[Input.SAMPLES] = x.size(0)
-        size = x[0, 0].numel()
-        if size > 1 and moments.count == size * x.size(0):  # under a mask, values count as samples
-            means = x.flatten(2).mean(2, dtype=accumulate_dtype(x.dtype)).double()
-            between = size * (means - moments.mean).square().sum(0)
-            rows[Input.WITHIN_SAMPLES] = (moments.m2 - between).clamp(min=0)
-    return rows
+def _call(layer: nn.Module, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any], per_sample: bool) -> _Call:
+    call = _Call(moments_given(layer, x, args, kwargs) if x.numel() else moments_of_none(x), x.size(0))
+    size = x.shape[2:].numel()
+    if (
+        per_sample and x.numel() and size > 1 and call.moments.count == size * x.size(0)
+    ):  # masked values count as samples
+        means = x.flatten(2).mean(2, dtype=accumulate_dtype(x.dtype)).double()
+        between = size * (means - call.moments.mean).square().sum(0)
+        call.within_samples = (call.moments.m2 - between).clamp(min=0)
+    return call
+
+
+_Host: TypeAlias = dict[int, Array]
+"""Tensors in host memory, by id."""
+
+
+def _on_host(tensors: list[Tensor | None]) -> _Host:
+    """All of them in one transfer, where they are on an accelerator."""
+    there = {id(t): t.detach() for t in tensors if t is not None}
+    away = [t.double() for t in there.values() if t.device.type != "cpu"]
+    if not away:
+        return {
+            key: (t if t.dtype in (torch.float32, torch.float64) else t.double()).numpy() for key, t in there.items()
+        }
+    flat = torch.cat([t.to(away[0].device, torch.float64) for t in there.values()]).cpu()
+    parts = flat.split([t.numel() for t in there.values()])
+    return {key: part.numpy() for key, part in zip(there, parts, strict=True)}
+
+
+def _call_rows(calls: list[list[_Call]], features: tuple[int, ...], host: _Host) -> Tensor:
+    """Calls as rows in the order of :class:`Input`, ``[8, C]``, those of a layer merged."""
+    turns = max(map(len, calls)) or 1
+    tables = np.zeros((turns, len(Input), sum(features)))
+    for of, columns in zip(calls, _columns(features), strict=True):
+        for table, call in zip(tables, of, strict=False):
+            mine, count, m2 = table[:, columns], float(call.moments.count), host[id(call.moments.m2)]
+            mine[Input.COUNT], mine[Input.MEAN], mine[Input.M2] = count, host[id(call.moments.mean)], m2
+            mine[Input.WITHIN], mine[Input.PARTS] = m2, float(count > 0)
+            mine[Input.STATISTICS], mine[Input.SAMPLES] = call.statistics, call.samples
+            mine[Input.WITHIN_SAMPLES] = 0.0 if call.within_samples is None else host[id(call.within_samples)]
+    rows = torch.from_numpy(tables)
+    return rows[0] if turns == 1 else merge_rows(rows)
+
+
+def _columns(features: tuple[int, ...]) -> Iterator[slice]:
+    """Where the channels of each layer are."""
+    begin = 0
+    for size in features:
+        yield slice(begin, begin + size)
+        begin += size
 
 
 def _num_statistics(layer: Any, num_samples: int) -> float:
@@ -220,37 +285,37 @@ def _num_statistics(layer: Any, num_samples: int) -> float:
         ranks = max(layer._synced_over, 1) if layer._sync else 1
     elif isinstance(layer, nn.SyncBatchNorm):
         ranks = resolve(group_spec(layer.process_group)).size
-    if hasattr(layer, "virtual_batch_size"):
+    if "virtual_batch_size" in layer.__dict__:
         ghosts = math.ceil(num_samples / layer.virtual_batch_size)
         return 1 / layer._ranks_per_ghost if layer._ranks_per_ghost > 1 else float(ghosts)
     return 1 / ranks if ranks > 1 else float(num_samples > 0)
 
 
-def running_rows(layer: Any) -> Tensor:
-    """Running statistics as ``[4, C]``: 1 where there are any and else 0, mean, variance, eps."""
-    mean, var = layer._buffers.get("running_mean"), layer._buffers.get("running_var")
-    own = next((t for t in (mean, var, *layer._parameters.values()) if t is not None), None)
-    rows = torch.zeros(4, layer.num_features, dtype=torch.float64, device=None if own is None else own.device)
-    rows[3] = getattr(layer, "eps", 0.0)
-    if mean is not None and var is not None:
-        rows[0], rows[1], rows[2] = 1.0, mean, var
-    return rows
+def running_rows(probe: NormProbe) -> Tensor:
+    """The running statistics of now, as :attr:`NormReading.after` has them."""
+    layers = list(probe.layers.values())
+    now = [_running(layer) for layer in layers]
+    return _running_rows(layers, now, probe.num_features, _on_host([*chain(*now)]))
+
+
+def _running(layer: nn.Module, *, clone: bool = False) -> tuple[Tensor, ...]:
+    both = layer._buffers.get("running_mean"), layer._buffers.get("running_var")
+    there = tuple(t for t in both if t is not None)
+    return () if len(there) < 2 else tuple(t.clone() if clone else t for t in there)
+
+
+def _running_rows(
+    layers: list[nn.Module], statistics: list[tuple[Tensor, ...]], features: tuple[int, ...], host: _Host
+) -> Tensor:
+    """``[4, C]``: 1 where there are any and else 0, mean, variance, eps."""
+    table = np.zeros((4, sum(features)))
+    for layer, both, columns in zip(layers, statistics, _columns(features), strict=True):
+        table[3, columns] = float(layer.eps)  # type: ignore[arg-type]
+        if both:
+            table[0, columns], table[1, columns], table[2, columns] = 1.0, *(host[id(t)] for t in both)
+    return torch.from_numpy(table)
 
 
 def is_centred(layer: nn.Module) -> bool:
     """Whether the layer evaluates by a running mean; moving average batch norm does not."""
     return getattr(layer, "family", "") != "moving_average_batch_norm"
-
-
-def _side_by_side(
-    calls: dict[str, list[Tensor]], num_features: tuple[int, ...], num_rows: int, device: torch.device
-) -> Tensor:
-    parts = []
-    for rows, features in zip(calls.values(), num_features, strict=True):
-        if len(rows) == 1:
-            parts.append(rows[0].to(device))
-        elif rows:
-            parts.append(merge_rows(torch.stack(rows)).to(device))
-        else:
-            parts.append(torch.zeros(num_rows, features, dtype=torch.float64, device=device))
-    return torch.cat(parts, 1)
