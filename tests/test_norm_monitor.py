@@ -24,6 +24,11 @@ from syncnorm.lightning import _norm_monitor
 from tests.lightning_training import make_trainer
 
 
+@pytest.fixture(autouse=True)
+def _pictures_go_to_tmp(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
 def data() -> TensorDataset:
     x = torch.randn(48, 4, generator=torch.Generator().manual_seed(0)) * 3 + 1
     return TensorDataset(x, (x.sum(1) > 3).long())

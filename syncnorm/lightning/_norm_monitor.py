@@ -61,9 +61,9 @@ class NormMonitor(Callback):
     other loggers, and without one, to ``sn_norms.png`` in the log directory, which is the Trainer's where the logger has none.
     It needs matplotlib.
 
-    Ranks meet once per look, in one gather (two for more than 254 numbers in host memory), and draw no random numbers. Where
-    the model is compiled, the batch that is looked at runs as it was written, since compiled code does not see hooks.
-    With gradient accumulation it is the first micro-batch of a step.
+    Ranks meet once per look, in one gather, and draw no random numbers. Where the model is compiled, the batch that is looked
+    at runs as it was written, since compiled code does not see hooks. With gradient accumulation it is the first micro-batch
+    of a step.
 
     Args:
         every_n_steps: Optimizer steps from one look to the next.
