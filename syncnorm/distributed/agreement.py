@@ -212,9 +212,11 @@ def sum_agreed(
         packed = _pack(row if fits else row[:0], width, words)
         total = _sum(packed, group, lambda: f"{call.place(direction)}, exchange #{ledger.exchanges + 1}")
         ledger.exchanges += 1
-        if always or _on_host(total):
+        on_host = _on_host(total)
+        if always or on_host:
+            told = (total.numpy() if on_host else total)[-_WORDS:].tolist()
             try:
-                _compare(total[-_WORDS:].tolist(), group, call, direction, word, ledger.exchanges, n)
+                _compare(told, group, call, direction, word, ledger.exchanges, n)
             except SyncNormMismatch:
                 ledger.failed.add(ledger.exchanges)
                 raise
