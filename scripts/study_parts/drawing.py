@@ -22,12 +22,12 @@ COLOURS = {
     "LayerNorm": "#000000",
     "RMSNorm": "#56B4E9",
     "InstanceNorm": "#CC79A7",
-    "DynamicTanh": "#E69F00",
+    "DynamicTanh": "#CC79A7",
     "none": "#777777",
 }
 MARKERS = {
     "BN": "o", "SyncBN": "s", "BatchRenorm": "D", "MABN": "v", "SwitchableNorm": "P", "GroupNorm": "^",
-    "LayerNorm": "X", "RMSNorm": "P", "InstanceNorm": "v", "DynamicTanh": "D", "none": "*",
+    "LayerNorm": "X", "RMSNorm": "P", "InstanceNorm": "v", "DynamicTanh": "h", "none": "*",
 }  # fmt: skip
 
 

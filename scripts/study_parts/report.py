@@ -1,8 +1,9 @@
 """Fills the document's template with numbers from the CSV files, draws the figures, and says which gates hold.
 
 In the template, ``[[experiment column factor=value ...]]`` is a mean ± standard deviation over seeds, ``as=.1e`` another
-format, ``only=mean`` the mean alone; ``[[table experiment rows=a columns=b value=c factor=value ...]]`` a table; ``[[gates]]``
-the gates; ``[[time]]`` what the run took.
+format, ``only=mean`` the mean alone, ``factor=-`` asks for rows without it;
+``[[table experiment rows=a columns=b value=c factor=value ...]]`` is a table, ``[[gates]]`` the gates, ``[[time]]`` what the
+run took in minutes.
 """
 
 import math
@@ -47,16 +48,21 @@ def render(template: str, results: Results) -> str:
         if first == "time":
             return _minutes(results)
         if first == "table":
-            return _table(results, rest[0], dict(word.split("=", 1) for word in rest[1:]))
+            return _table(results, rest[0], _pairs(rest[1:]))
         column, *pairs = rest
-        return number(results, first, column, dict(pair.split("=", 1) for pair in pairs))
+        return number(results, first, column, _pairs(pairs))
 
     return re.sub(r"\[\[(.+?)\]\]", fill, template)
 
 
-def number(results: Results, experiment: str, column: str, factors: dict[str, str]) -> str:
+def _pairs(words: list[str]) -> dict[str, str | None]:
+    pairs = (word.split("=", 1) for word in words)
+    return {name: None if value == "-" else value for name, value in pairs}
+
+
+def number(results: Results, experiment: str, column: str, factors: dict[str, str | None]) -> str:
     form, only = factors.pop("as", None), factors.pop("only", None)
-    value = results.value(experiment, column, **{k: None if v == "-" else v for k, v in factors.items()})
+    value = results.value(experiment, column, **factors)
     return text(value, form, mean_only=only == "mean")
 
 
@@ -66,14 +72,16 @@ def text(value: Value, form: str | None = None, *, mean_only: bool = False) -> s
         return "–"
     if form is None and max(map(abs, value.values)) < 1e-9:
         return "0"
+    if form is None and value.sd == 0 and value.mean.is_integer():
+        form = ".0f"
     if form is None:
         form = ".1f" if abs(value.mean) >= 3 else ".2f"
-    if mean_only or math.isnan(value.sd):
+    if mean_only or math.isnan(value.sd) or value.sd == 0:
         return f"{value.mean:{form}}"
     return f"{value.mean:{form}} ± {value.sd:{form}}"
 
 
-def _table(results: Results, experiment: str, words: dict[str, str]) -> str:
+def _table(results: Results, experiment: str, words: dict[str, str | None]) -> str:
     row, column, shown = words.pop("rows"), words.pop("columns", None), words.pop("value")
     form = words.pop("as", None)
     lines = []

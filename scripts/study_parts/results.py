@@ -58,6 +58,6 @@ class Results:
 
 
 def _same(found: Any, wanted: Any) -> bool:
-    if isinstance(found, int | float) and not isinstance(wanted, str | type(None)):
-        return found == wanted
-    return found is wanted if wanted is None else str(found) == str(wanted)
+    if isinstance(found, int | float) and isinstance(wanted, str):
+        wanted = store.value("", wanted)  # the template's words: 100 is 100.0
+    return bool(found == wanted)

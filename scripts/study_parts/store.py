@@ -70,10 +70,11 @@ def read(folder: Path, experiment: str) -> list[Row]:
     if not path.exists():
         return []
     with path.open(newline="") as file:
-        return [{k: _value(k, text) for k, text in row.items() if text != ""} for row in csv.DictReader(file)]
+        return [{k: value(k, text) for k, text in row.items() if text != ""} for row in csv.DictReader(file)]
 
 
-def _value(name: str, text: str) -> Any:
+def value(name: str, text: str) -> Any:
+    """A field as what it is: a number, or a word."""
     if name == "key":  # a digest such as 31415e926535 is no number
         return text
     if text.lstrip("-").isdigit():
