@@ -174,6 +174,7 @@ BENCH = {
     "of": "x", "ranks": 2, "processes": [],
     "one_process": [{"layer": "SyncBatchNorm", "backend": "aten", "ratio": 1.0, "low": 0.9, "high": 1.1}],
 }  # fmt: skip
+STUDY = (ROOT / "docs/study/batch_mlp.csv").read_text()
 TABLES = {"layer": {"of": "x", "rows": [{"shape": "(2, 3)", "native": "0.49 [0.47–0.50]", "aten": "–"}]}}
 
 
@@ -182,7 +183,12 @@ TABLES = {"layer": {"of": "x", "rows": [{"shape": "(2, 3)", "native": "0.49 [0.4
     [
         ("bench.json", json.dumps(BENCH), [], "bench.png: ratios of in one process: x"),
         ("cpu.json", json.dumps(TABLES), [], "cpu.png: ratios of layer"),
-        ("study.csv", CSV, ["--x", "batch", "--y", "error", "--by", "method"], "study.png: error over batch by method"),
+        (
+            "study.csv",
+            STUDY,
+            ["--x", "batch", "--y", "error", "--by", "method"],
+            "study.png: error over batch by method",
+        ),
         ("study.csv", CSV, ["--x", "batch", "--y", "error", "--where", "method=a"], "study.png: error over batch"),
         (
             "level.csv",

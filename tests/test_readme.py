@@ -76,6 +76,12 @@ def test_every_framework_has_a_block() -> None:
     assert list(blocks()) == ["lightning", "fabric", "torchrun", "accelerate", "transformers"]
 
 
+def test_the_flow_quotes_the_study() -> None:
+    text, study = ((ROOT / name).read_text() for name in ("README.md", "docs/study.md"))
+    numbers = re.findall(r"\d+\.\d+ ± \d+\.\d+", text[text.index("```mermaid") : text.index("## The catalogue")])
+    assert len(numbers) >= 7 and all(number in study for number in numbers), numbers
+
+
 @pytest.mark.gloo
 @pytest.mark.slow
 def test_what_is_offered_to_copy_runs(tmp_path: Path) -> None:
