@@ -44,15 +44,13 @@ _OVER_RANKS = (RunningStatDrift, ExchangeCost)
 class NormMonitor(Callback):
     """Log the health of all batch norms, ours and torch's, every n steps, to any logger.
 
-    ============================ =======================================================================================
-    ``sn/gap``, ``sn/gap_max``   evaluation against training, in σ: running statistics that lag, or data unlike the data before
-    ``sn/batch``, ``sn/noise``   values behind a statistic (the smallest of all layers), and the share of the variance that is
-                                 between ranks' batches (the largest): 1/values if drawn at random
-    ``sn/drift``, ``_max``       running statistics across ranks, in σ; 0 if synchronised
-    ``sn/dead``, ``sn/saturated`` shares of channels that say nothing any longer
-    ``sn/clip_r``, ``sn/clip_d`` shares of channels that batch renormalisation clipped
-    ``sn/exchange_ms``, ``_kb``  time and bytes per step and rank in exchanges, ``sn/exchanges`` their number
-    ============================ =======================================================================================
+    - ``sn/gap``, ``sn/gap_max``: evaluation against training, in σ. Running statistics that lag, or data unlike the data before.
+    - ``sn/batch``: values behind a statistic, the smallest of all layers.
+    - ``sn/noise``: share of the variance that is between ranks' batches, the largest of all layers.
+    - ``sn/drift``, ``sn/drift_max``: running statistics across ranks, in σ; 0 if synchronised.
+    - ``sn/dead``, ``sn/saturated``: shares of channels that say nothing any longer.
+    - ``sn/clip_r``, ``sn/clip_d``: shares of channels that batch renormalisation clipped.
+    - ``sn/exchange_ms``, ``sn/exchange_kb``, ``sn/exchanges``: time, bytes and number of exchanges per step and rank.
 
     What is not known is not logged: noise, drift and exchanges in one process, clipping without batch renorm. See
     :mod:`syncnorm.diagnostics` for what each is exactly. All are of the one batch that is looked at, over all ranks.
