@@ -55,7 +55,7 @@ def advise(
     The model runs on the batches without gradients and in evaluation mode, each norm by the statistics of the first eight
     batches together, so that a layer's noise is its own and not that of the layers before it. It is exactly as before
     afterwards: buffers, modes, hooks, random numbers. Call it on all ranks of ``process_group``, which may have different
-    numbers of batches, or in one process for ranks that are yet to come.
+    numbers of batches (not under FSDP, where forwards meet), or in one process for ranks that are yet to come.
 
     Args:
         model: Any model; one wrapped in DDP or ``torch.compile`` too.

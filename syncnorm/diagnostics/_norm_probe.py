@@ -66,7 +66,8 @@ class NormProbe:
             loss(model(x), y).backward()
         metric.update(probe.reading)
 
-    Measured are batch norms, ours and torch's, ``nn.SyncBatchNorm``, and layers that use batch statistics among others.
+    Measured are batch norms, ours and torch's, ``nn.SyncBatchNorm``, and layers that use batch statistics among others; not
+    those of a metric that the model holds.
     A layer's calls within the block count together; a recompute of activation checkpointing is no call. What
     ``torch.compile`` made runs within as it was written, since compiled code does not see hooks. No rank meets another.
 
@@ -94,7 +95,9 @@ class NormProbe:
         self.layers: dict[str, nn.Module] = {
             display(layer.short_names[0]): layer.module
             for layer in found
-            if id(layer.module) not in excluded and (include is None or id(layer.module) in included)
+            if id(layer.module) not in excluded
+            and (include is None or id(layer.module) in included)
+            and not layer.metric
         }
         if not self.layers:
             raise ValueError(
