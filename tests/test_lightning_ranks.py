@@ -214,6 +214,7 @@ def monitored(folder: Path) -> Any:
             run = fit(Training(), *callbacks, syncnorm.NormMonitor(4, heat_map=False), logged)
         runs[name] = run | {"logged": logged.values, "gathers": counts["all_gather"]}
     runs["picture"] = fit(Training(), syncnorm.NormMonitor(4), default_root_dir=folder / str(dist.get_rank()))
+    runs["compiled"] = fit(compiled(), SyncNorm(), syncnorm.NormMonitor(4, heat_map=False))
     runs["drawn"] = (folder / str(dist.get_rank()) / "sn_norms.png").exists()
     return runs
 
@@ -404,6 +405,7 @@ def test_norms_are_monitored_over_ranks_and_training_does_not_notice(case: Any, 
     local, synced = runs["local"], runs["synced"]
     assert distance(local["state"], case("without")["state"]) == 0
     assert distance(synced["state"], whole_batch) < TOLERANCE
+    assert distance(runs["compiled"]["state"], whole_batch) < TOLERANCE
     assert local["logged"]["sn/drift"] > 1e-3 > synced["logged"]["sn/drift"] == 0
     # The head's norm has the smallest batch: 2 samples a rank, 4 together.
     assert (local["logged"]["sn/batch"], synced["logged"]["sn/batch"]) == (2, 4)

@@ -67,9 +67,9 @@ class NormProbe:
         metric.update(probe.reading)
 
     Measured are batch norms, ours and torch's, ``nn.SyncBatchNorm``, and layers that use batch statistics among others; not
-    those of a metric that the model holds.
-    A layer's calls within the block count together; a recompute of activation checkpointing is no call. What
-    ``torch.compile`` made runs within as it was written, since compiled code does not see hooks. No rank meets another.
+    those of a metric that the model holds. A layer's calls within the block count together; a recompute of activation
+    checkpointing is no call. No rank meets another. What ``torch.compile`` made runs within as it was written, since compiled
+    code does not see hooks; where it is synchronised, all ranks must look at the same step.
 
     Args:
         model: Any model, wrapped or not.

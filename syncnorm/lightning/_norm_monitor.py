@@ -44,7 +44,7 @@ _OVER_RANKS = (RunningStatDrift, ExchangeCost)
 class NormMonitor(Callback):
     """Log the health of all batch norms, ours and torch's, every n steps, to any logger.
 
-    - ``sn/gap``, ``sn/gap_max``: evaluation against training, in σ. Running statistics that lag, or data unlike the data before.
+    - ``sn/gap``, ``sn/gap_max``: evaluation against training, in σ. Statistics that lag, or data unlike the data before.
     - ``sn/batch``: values behind a statistic, the smallest of all layers.
     - ``sn/noise``: share of the variance that is between ranks' batches, the largest of all layers.
     - ``sn/drift``, ``sn/drift_max``: running statistics across ranks, in σ; 0 if synchronised.
