@@ -28,7 +28,6 @@ ROOT = Path(__file__).resolve().parents[1]
 
 def main(arguments: list[str] | None = None) -> int:
     args = parse(arguments)
-    torch.set_num_threads(1)
     try:
         cells = store.cells(load(args.config), args.only)
     except (OSError, ValueError, yaml.YAMLError) as problem:
@@ -75,6 +74,7 @@ def run(cells: list[Cell], out: Path) -> int:
     if unknown:
         print(f"study.py: no function {unknown[0]!r}; there are {', '.join(FUNCTIONS)}.", file=sys.stderr)
         return 2
+    torch.set_num_threads(1)
     with tqdm(left, unit="cell", mininterval=1 if sys.stderr.isatty() else 30) as bar:
         for cell in bar:
             bar.set_postfix_str(f"{cell.experiment} {' '.join(map(str, cell.factors.values()))}"[:60], refresh=False)

@@ -30,17 +30,13 @@ def parts() -> Iterator[Any]:
     sys.path.remove(str(ROOT / "scripts"))
 
 
-def command(*arguments: object) -> subprocess.CompletedProcess[str]:
-    words = [sys.executable, str(ROOT / "scripts/study.py"), *map(str, arguments)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.run(words, capture_output=True, text=True, timeout=SECONDS, env=environment)
-
-
 @pytest.fixture(scope="module")
 def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Results of the small study."""
     folder = tmp_path_factory.mktemp("study")
-    ran = command("run", "--config", SMALL, "--out", folder)
+    words = [sys.executable, str(ROOT / "scripts/study.py"), "run", "--config", str(SMALL), "--out", str(folder)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    ran = subprocess.run(words, capture_output=True, text=True, timeout=SECONDS, env=environment)
     assert ran.returncode == 0, ran.stderr
     return folder
 
@@ -58,20 +54,23 @@ def test_the_gates_hold_in_small(small: Path, parts: Any) -> None:
 @pytest.mark.timeout(SECONDS + 10)
 @pytest.mark.gloo
 @pytest.mark.slow
-def test_a_finished_cell_is_not_run_again_and_a_changed_one_is(small: Path, tmp_path: Path) -> None:
+def test_a_finished_cell_is_not_run_again_and_a_changed_one_is(
+    small: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import study
+
+    monkeypatch.setattr(torch, "set_num_threads", lambda _: None)  # this process is not the study's
     before = {path: path.read_bytes() for path in small.glob("*.csv")}
-    again = command("run", "--config", SMALL, "--out", small)
-    assert again.returncode == 0 and " 0 to run" in again.stdout
+    assert study.main(["run", "--config", str(SMALL), "--out", str(small)]) == 0
+    assert " 0 to run" in capsys.readouterr().out
     assert {path: path.read_bytes() for path in small.glob("*.csv")} == before
     changed = tmp_path / "changed.yaml"
-    changed.write_text("seeds: 2\nexperiments: {tables: {run: classify_table, cells: [{table: wine, scaling: raw}]}}")
-    assert command("run", "--config", changed, "--out", tmp_path).returncode == 0
-    kept = (tmp_path / "tables.csv").read_text().splitlines()
-    assert len(kept) == 3
-    changed.write_text(changed.read_text().replace("raw", "min-max"))
-    assert command("run", "--config", changed, "--out", tmp_path).returncode == 0
-    rows = (tmp_path / "tables.csv").read_text().splitlines()
-    assert len(rows) == 3 and all("min-max" in row for row in rows[1:])
+    for scaling in ("raw", "min-max"):
+        spec = f"{{run: classify_table, cells: [{{table: wine, scaling: {scaling}}}]}}"
+        changed.write_text(f"seeds: 2\nexperiments: {{tables: {spec}}}")
+        assert study.main(["run", "--config", str(changed), "--out", str(tmp_path)]) == 0
+        rows = (tmp_path / "tables.csv").read_text().splitlines()
+        assert len(rows) == 3 and all(scaling in row for row in rows[1:])
 
 
 @pytest.mark.parametrize(
