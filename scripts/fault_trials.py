@@ -19,6 +19,7 @@ import signal
 import statistics
 import sys
 import tempfile
+import textwrap
 import time
 from collections import Counter
 from dataclasses import asdict
@@ -237,7 +238,7 @@ def write(options: argparse.Namespace, summaries: dict[str, Any], results: dict[
     }
     options.write.parent.mkdir(parents=True, exist_ok=True)
     data = {"where": where, "summaries": summaries, "trials": slim}
-    options.write.with_suffix(".json").write_text(json.dumps(data, indent=1) + "\n")
+    options.write.with_suffix(".json").write_text(json.dumps(data) + "\n")
     options.write.with_suffix(".md").write_text(document(where, summaries))
 
 
@@ -246,6 +247,12 @@ def cores() -> int:
 
 
 def document(where: dict[str, Any], summaries: dict[str, Any]) -> str:
+    parts = _text(where, summaries).split("\n\n")
+    wide = [part if part.startswith(("|", "    ", "- ", "#")) else textwrap.fill(part, 128) for part in parts]
+    return "\n\n".join(wide)
+
+
+def _text(where: dict[str, Any], summaries: dict[str, Any]) -> str:
     return f"""# Fault trials
 
 Random faults in random places, and what became of the ranks that were left. Written by
