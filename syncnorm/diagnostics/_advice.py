@@ -22,7 +22,9 @@ THRESHOLDS = {
     "enough": 8.0,
     "slack": 0.9,
     "few": 3.0,
+    "maps": 64.0,
     "skewed": 2.0,
+    "plenty": 16.0,
     "huge": 2048.0,
     "ghost": 128.0,
     "fit": 0.25,
@@ -74,32 +76,36 @@ def decide(found: Evidence, ranks: int, ranks_per_node: int) -> Decision:
         ranks: That train together.
         ranks_per_node: Of them, on one machine.
     """
-    enough, few, slack = THRESHOLDS["enough"], THRESHOLDS["few"], THRESHOLDS["slack"]
+    enough, few, slack = (THRESHOLDS[name] for name in ("enough", "few", "slack"))
     if found.fixed:
         return _leave(found.fixed)
-    have, ghost = found.independent * found.share, f"{THRESHOLDS['ghost']:.0f}"
-    together = found.samples * found.share
-    if have >= slack * enough and together < THRESHOLDS["huge"]:
-        return _leave(f"{_count(have)} independent values per statistic; {enough:g} are enough")
-    if have >= slack * enough:
+    have, together = found.independent * found.share, found.samples * found.share
+    what = f"{_count(have)} independent values per statistic"
+    if have >= slack * enough and together >= THRESHOLDS["huge"]:
+        size = int(THRESHOLDS["ghost"])
         reason = (
-            f"{_count(together)} samples share a statistic; large batches generalise better with the noise of {ghost}"
+            f"{_count(together)} samples share a statistic; large batches generalise better with the noise of {size}"
         )
-        return Decision("ghost", reason, {"to": "ghost_batch_norm", "virtual_batch_size": int(ghost)})
-    why = f"{_count(have)} independent values per statistic; {enough:g} are enough"
+        return Decision("ghost", reason, {"to": "ghost_batch_norm", "virtual_batch_size": size})
+    if have >= slack * enough:
+        # Alone, no other norm did better there.
+        if found.values > found.samples and have < slack * THRESHOLDS["maps"] and ranks > found.share:
+            reason = f"{what} are enough for vectors; on maps more help, up to {THRESHOLDS['maps']:g}"
+            needed = min(_ranks_for(THRESHOLDS["maps"], found), ranks)
+            return _synchronise(needed, found, ranks, ranks_per_node, reason) or _leave(reason)
+        return _leave(f"{what}; {enough:g} are enough")
+    why = f"{what}; {enough:g} are enough"
     skewed = found.skew is not None and found.skew > THRESHOLDS["skewed"]
     if skewed:
         why += f"; batches are not drawn at random, their means are {found.skew:.1f} times as noisy"
     if found.share < 1 and found.independent >= slack * enough:
         size = math.ceil(found.samples * slack * enough / found.independent)
-        return Decision(
-            "ghost", f"{why}, {size} samples have them", {"to": "ghost_batch_norm", "virtual_batch_size": size}
-        )
-    needed = math.ceil(slack * enough / found.independent) if found.independent else ranks + 1
-    if found.share < needed <= ranks_per_node < ranks:
-        return Decision("synchronise (node)", f"{why}, {needed} ranks have them", _sync("node"))
-    if found.share < needed <= ranks:
-        return Decision("synchronise (world)", f"{why}, {needed} ranks have them", _sync("world"))
+        reason = f"{why}, {size} samples have them"
+        return Decision("ghost", reason, {"to": "ghost_batch_norm", "virtual_batch_size": size})
+    needed = _ranks_for(enough, found)
+    joined = _synchronise(needed, found, ranks, ranks_per_node, f"{why}, {needed} ranks have them")
+    if joined is not None:
+        return joined
     more = f"; {needed} ranks that synchronise would have them" if 1 < needed <= _MOST_RANKS else ""
     if found.gap is not None and found.gap <= THRESHOLDS["fit"] and found.seen >= THRESHOLDS["seen"]:
         reason = f"{why}; the running statistics of {found.seen} batches fit, so fine-tuning needs no others{more}"
@@ -107,11 +113,24 @@ def decide(found: Evidence, ranks: int, ranks_per_node: int) -> Decision:
     reach = found.independent * max(ranks, found.share)
     if reach >= slack * few and not skewed and ranks > found.share:
         return Decision("synchronise (world)", f"{why}, all ranks have {_count(reach)}{more}", _sync("world"))
-    if (reach >= slack * few and not skewed) or (skewed and reach * (found.skew or 1.0) >= slack * enough):
+    drawn = reach * (found.skew or 1.0)  # what they would have if they were drawn at random
+    if (reach >= slack * few and not skewed) or (skewed and drawn >= slack * THRESHOLDS["plenty"]):
         if found.family == "batch_renorm":
             return _leave(f"{why}; batch renorm is for that{more}")
         return Decision("batch renorm", f"{why}; the running statistics can correct that{more}", {"to": "batch_renorm"})
     return Decision("GroupNorm", f"{why}{more}", {"to": "group_norm"})
+
+
+def _ranks_for(values: float, found: Evidence) -> int:
+    """Ranks whose batches have so many independent values together."""
+    return math.ceil(THRESHOLDS["slack"] * values / found.independent) if found.independent else _MOST_RANKS + 1
+
+
+def _synchronise(needed: int, found: Evidence, ranks: int, ranks_per_node: int, reason: str) -> Decision | None:
+    """Over the smallest group that has ``needed`` ranks and is larger than now; None if there is none."""
+    if found.share < needed <= ranks_per_node < ranks:
+        return Decision("synchronise (node)", reason, _sync("node"))
+    return Decision("synchronise (world)", reason, _sync("world")) if found.share < needed <= ranks else None
 
 
 _MOST_RANKS = 4096  # beyond that nobody is helped by a number
