@@ -241,8 +241,6 @@ def test_digits() -> None:
 
 
 def test_digits_name_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
-    from syncnorm.lightning import digits
-
-    monkeypatch.setattr(digits, "find_spec", lambda name: None)
+    monkeypatch.setattr("syncnorm.testing._digits.find_spec", lambda name: None)
     with pytest.raises(ImportError, match=r"pip install syncnorm\[examples\]"):
         DigitsDataModule()

@@ -14,7 +14,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 TOUR = ROOT / "examples/tour.ipynb"
-SECONDS = 110
+SECONDS = 300
 RUN = """
 import json, sys
 for number, cell in enumerate(json.load(open(sys.argv[1]))["cells"]):
