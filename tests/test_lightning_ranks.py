@@ -25,6 +25,7 @@ import syncnorm
 from syncnorm import SyncNorm, SyncNormPlugin
 from syncnorm.lightning import _sync_norm
 from syncnorm.testing import count_collectives, run_ranks
+from tests import test_norm_metrics
 from tests.lightning_training import (
     GLOBAL_BATCH,
     TOLERANCE,
@@ -211,9 +212,9 @@ def monitored(folder: Path) -> Any:
     for name, callbacks in (("local", ()), ("synced", (SyncNorm(),))):
         logged = Logged()
         with count_collectives() as counts:
-            run = fit(Training(), *callbacks, syncnorm.NormMonitor(4, heat_map=False), logged)
+            monitor = syncnorm.NormMonitor(4, heat_map=name == "local")
+            run = fit(Training(), *callbacks, monitor, logged, default_root_dir=folder / str(dist.get_rank()))
         runs[name] = run | {"logged": logged.values, "gathers": counts["all_gather"]}
-    runs["picture"] = fit(Training(), syncnorm.NormMonitor(4), default_root_dir=folder / str(dist.get_rank()))
     runs["compiled"] = fit(compiled(), SyncNorm(), syncnorm.NormMonitor(4, heat_map=False))
     runs["drawn"] = (folder / str(dist.get_rank()) / "sn_norms.png").exists()
     return runs
@@ -256,6 +257,7 @@ CASES = {
     "every stage": every_stage,
     "resume": resume,
     "monitored": monitored,
+    "metrics": lambda folder: test_norm_metrics.all_on_ranks(),
     "group norm": group_norm,
     "side by side": side_by_side,
     "settings of before": settings_of_before,
@@ -416,6 +418,11 @@ def test_norms_are_monitored_over_ranks_and_training_does_not_notice(case: Any, 
     for name in ("local", "synced"):
         assert others[name]["logged"] == runs[name]["logged"], "every rank has the same numbers"
     assert runs["drawn"] and not others["drawn"]
+
+
+def test_metrics_of_norms_are_merged_exactly(case: Any, ranks: Any) -> None:
+    case("metrics")
+    test_norm_metrics.assert_merged_exactly([outcomes["metrics"] for outcomes in ranks])
 
 
 def test_sync_batchnorm_beside_it_is_refused(case: Any) -> None:

@@ -1,4 +1,4 @@
-"""Tier: no process, but for the last tests: gloo ranks. Metrics of norms against float64 numpy over the whole batch."""
+"""Tier: no process. Metrics of norms against float64 numpy over the whole batch; what is below is run over ranks elsewhere."""
 
 import copy
 import pickle
@@ -27,7 +27,7 @@ from syncnorm.diagnostics._norm_metrics import meet
 from syncnorm.distributed import agreement
 from syncnorm.distributed.groups import GroupSpec, resolve
 from syncnorm.modules import EvoNormB0, SwitchableNorm2d
-from syncnorm.testing import count_collectives, run_ranks
+from syncnorm.testing import count_collectives
 
 METRICS = (DeadChannels, EffectiveBatch, ExchangeCost, RenormClipRate, RunningStatDrift, TrainEvalGap)
 C = 5
@@ -407,15 +407,17 @@ def on_ranks(parts: list[Tensor], synchronised: bool) -> dict[str, Any]:
     return {**found, "running": [model[0].running_mean.numpy(), model[0].running_var.numpy()]}
 
 
-def all_on_ranks(cases: list[tuple[list[Tensor], bool]]) -> list[dict[str, Any]]:
-    return [on_ranks(*case) for case in cases]
+def cases_on_ranks() -> list[tuple[list[Tensor], bool]]:
+    return [(parts, synchronised) for parts in (data(2, 5), data(0, 4)) for synchronised in (False, True)]
 
 
-@pytest.mark.gloo
-def test_ranks_are_merged_exactly() -> None:
-    cases = [(parts, synchronised) for parts in (data(2, 5), data(0, 4)) for synchronised in (False, True)]
-    # One launch: every rank imports torchmetrics, which takes seconds.
-    for (parts, synchronised), *ranks in zip(cases, *run_ranks(all_on_ranks, 2, cases), strict=True):
+def all_on_ranks() -> list[dict[str, Any]]:
+    return [on_ranks(*case) for case in cases_on_ranks()]
+
+
+def assert_merged_exactly(outcomes: list[list[dict[str, Any]]]) -> None:
+    """Of what :func:`all_on_ranks` gave on two ranks. Run by test_lightning_ranks.py, whose ranks have torchmetrics loaded."""
+    for (parts, synchronised), *ranks in zip(cases_on_ranks(), *outcomes, strict=True):
         running = [found.pop("running") for found in ranks]
         assert ranks[1] == pytest.approx(ranks[0], nan_ok=True, rel=1e-12)
         found, total = ranks[0], sum(map(len, parts)) * 6
