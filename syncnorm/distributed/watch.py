@@ -219,7 +219,8 @@ class _Post:
     def _serve(self) -> None:
         while not self._over and self._live() is not None and find_group_or_none(self.name) is not None:
             asked = self._asked.wait(_TURN)
-            self._asked.clear()
+            if asked:  # else it may have been set since
+                self._asked.clear()
             try:
                 if self._finding:
                     self.store.set("failure", self._finding)
