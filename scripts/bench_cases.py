@@ -70,6 +70,7 @@ def fused_rows(arguments: argparse.Namespace) -> Iterator[Row]:
                 for layer, run in (("torch", composed), ("in place", in_place), (backend, fused))
             }
             if arguments.compile:
+                torch.compiler.reset()  # or the limit of recompilations makes the later rows eager
                 steps["torch.compile"] = step(torch.compile(composed), x, grad, second)
             if leaky and dtype == torch.float32 and importlib.util.find_spec("inplace_abn"):
                 from inplace_abn import InPlaceABN
