@@ -109,6 +109,12 @@ def test_a_residual_network_computes_the_same_and_comes_back() -> None:
     assert snapshot(model) == before
     syncnorm.convert(model, fuse=True)
     assert {name for name, m in model.named_modules() if "forward" in vars(m)} == {"0", "1", "2"}
+    said = {text.split()[1]: text for text in syncnorm.explain(model).split("SyncBatchNorm2d(")[1:]}
+    assert "takes in the sum and relu in the code of 1;" in said["1.bn2"]
+    assert {name for name, text in said.items() if "because what follows is applied in the same pass" in text} == {
+        name for name, text in said.items() if "takes in" in text
+    }
+    assert {name for name, text in said.items() if "takes in" not in text} == {"2.bn2"}
     assert model.state_dict().keys() == plain.state_dict().keys()
     assert repr(syncnorm.revert(copy.deepcopy(model))) == repr(plain)
     assert_same(results(model, images()), results(plain, images()))

@@ -46,6 +46,13 @@ class FusedForward:
         return type(self.block).forward(self.block, *args, **kwargs)
 
     @property
+    def took(self) -> dict[str, str]:
+        """What each norm takes in, by the norm's name in the block; those that take in something."""
+        if self._program is None:
+            self._program = _build(self.block, self.norms, self.inline)
+        return self._program.took
+
+    @property
     def __signature__(self) -> inspect.Signature:
         return inspect.signature(type(self.block).forward.__get__(self.block))
 
@@ -117,6 +124,7 @@ class _Program(NamedTuple):
     """The code by mode, and what it was made from."""
 
     code: dict[bool, Callable[..., Any]]
+    took: dict[str, str]
     required: tuple[str, ...]
     defaults: dict[str, Any]
     modules: tuple[nn.Module, ...]
@@ -149,6 +157,7 @@ class _Program(NamedTuple):
 
 def _build(block: nn.Module, norms: tuple[str, ...], inline: tuple[str, ...]) -> _Program:
     code: dict[bool, Callable[..., Any]] = {}
+    took: dict[str, str] = {}
     inlined = [block.get_submodule(name) for name in inline]
     layers = {name: block.get_submodule(name) for name in norms}
     takes = {name: takes_in(type(norm), activates=_activates(norm)) for name, norm in layers.items()}
@@ -157,14 +166,17 @@ def _build(block: nn.Module, norms: tuple[str, ...], inline: tuple[str, ...]) ->
         for mode, graph in graphs_of(block, inlined).items():
             made = fuse_graph(block, graph, {name: each for name, each in takes.items() if each is not None}, apply)
             silent += [block.get_submodule(name) for fusion in made for name in fusion.modules]
+            took |= {fusion.norm: fusion.took for fusion in made if fusion.took}
             code[mode] = type(fx.GraphModule(block, graph)).forward
         required = required_arguments(block)
     except UntraceableError:  # a copy whose code has changed since
         code, required = dict.fromkeys((True, False), type(block).forward), required_arguments(block)
+        took.clear()
     own = (block, *inlined)
     parameters = inspect.signature(type(block).forward).parameters
     return _Program(
         code=code,
+        took=took,
         required=required,
         defaults={name: p.default for name, p in parameters.items() if p.default is not p.empty},
         modules=own,

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from syncnorm.conversion._contexts import disabled
+from syncnorm.conversion._fused_forward import FusedForward
 from syncnorm.conversion._layers import display, find_layers, keeps_batch_statistics
 from syncnorm.core.running import RunningStatistics
 from syncnorm.diagnostics._trees import call
@@ -67,7 +68,11 @@ def explain(module: nn.Module, x: Any = None) -> str:
     others = [layer for layer in others if not isinstance(layer.module, SyncStatistics | MixedStatistics)]
     mixed = [(layer.names[0], layer.module) for layer in layers if isinstance(layer.module, MixedStatistics)]
     inputs = {} if x is None else inputs_of(module, [layer for _, layer in ours], x)
-    texts = [_explain_layer(layer, name, inputs.get(id(layer)), x is not None) for name, layer in ours]
+    fused = _fused(module)
+    texts = [
+        _explain_layer(layer, name, inputs.get(id(layer)), x is not None, fused.get(id(layer), ""))
+        for name, layer in ours
+    ]
     texts += [
         f"{display(name)}: {type(layer).__name__}, batch statistics as one part of several\n  group    {_group(layer)[0]}"
         for name, layer in mixed
@@ -78,12 +83,25 @@ def explain(module: nn.Module, x: Any = None) -> str:
     return "\n".join(texts) or "no layer uses batch statistics"
 
 
-def _explain_layer(layer: SyncStatistics, name: str, x: Tensor | None, ran: bool = False) -> str:
+def _fused(model: nn.Module) -> dict[int, str]:
+    """What the code of a block hands to a norm of it, by the norm."""
+    blocks = {name: module.__dict__.get("forward") for name, module in model.named_modules()}
+    return {
+        id(forward.block.get_submodule(norm)): f"{took} in the code of {display(name)}"
+        for name, forward in blocks.items()
+        if isinstance(forward, FusedForward)
+        for norm, took in forward.took.items()
+    }
+
+
+def _explain_layer(layer: SyncStatistics, name: str, x: Tensor | None, ran: bool = False, took: str = "") -> str:
     group, size = _group(layer)
-    lines = [("group", group), ("path", _path(layer, size, x))]
-    if layer.training and _walks(layer, size, x):
+    lines = [("group", group), ("path", _path(layer, size, x, took))]
+    if took:
+        lines.append(("fused", f"takes in {took}; torch.compile sees the original code"))
+    if layer.training and _walks(layer, size, x, took):
         lines += _backends(layer, x, ran)
-        lines.append(("keeps", _kept(layer)))
+        lines.append(("keeps", _kept(layer, took)))
     if layer.training and size != 1:
         lines += [("check", _CHECKS[check_level()]), ("wire", _wire(layer, x))]
     lines.append(("buffers", _buffers(layer)))
@@ -117,17 +135,19 @@ def _group(layer: SyncStatistics | MixedStatistics) -> tuple[str, int | None]:
     return f"{spec}: {f'{known} ranks' if known else 'ranks are counted at the first training forward'}", known
 
 
-def _path(layer: SyncStatistics, size: int | None, x: Tensor | None) -> str:
+def _path(layer: SyncStatistics, size: int | None, x: Tensor | None, took: str) -> str:
     if not layer.training:
         which = (
             "the running statistics" if layer.running_mean is not None else "the batch of this rank (it tracks none)"
         )
         then = f", then {layer.activation}; in one pass where no gradient is needed" if layer.activation else ""
         return f"evaluation: torch's batch_norm with {which}{then}, no exchange"
-    if not _walks(layer, size, x):
+    if not _walks(layer, size, x, took):
         return "training, one rank: torch's batch_norm itself, no exchange"
     if size == 1:
-        return f"training, one rank: the synchronised walk without an exchange, because {_why_walk(layer) or _UNFIT}"
+        return (
+            f"training, one rank: the synchronised walk without an exchange, because {_why_walk(layer, took) or _UNFIT}"
+        )
     over = "the ranks of its group" if size is None else f"{size} ranks"
     return f"training over {over}: one all-reduce forward, one backward"
 
@@ -144,8 +164,8 @@ def _wire(layer: SyncStatistics, x: Tensor | None) -> str:
     return describe(group.name, device.type)
 
 
-def _walks(layer: SyncStatistics, size: int | None, x: Tensor | None) -> bool:
-    if size != 1 or _why_walk(layer):
+def _walks(layer: SyncStatistics, size: int | None, x: Tensor | None, took: str) -> bool:
+    if size != 1 or _why_walk(layer, took):
         return True
     if x is None:
         return False
@@ -156,7 +176,7 @@ def _walks(layer: SyncStatistics, size: int | None, x: Tensor | None) -> bool:
     return not _torch_serves(x, layer.weight, layer.bias, RunningStatistics(mean, var, counter, layer.momentum))
 
 
-def _why_walk(layer: SyncStatistics) -> str:
+def _why_walk(layer: SyncStatistics, took: str) -> str:
     """What the layer has that torch's batch_norm has not; empty if nothing."""
     if layer.backend != "auto":
         return f"backend={layer.backend!r} was asked for by name"
@@ -164,14 +184,18 @@ def _why_walk(layer: SyncStatistics) -> str:
         return "statistics are gathered over micro-batches"
     if layer.activation or layer.memory_efficient:
         return "the activation is applied in the same pass" if layer.activation else "the output is kept, not the input"
+    if took:
+        return "what follows is applied in the same pass"
     return "" if layer.on_nonfinite == "propagate" else f"on_nonfinite={layer.on_nonfinite!r}"
 
 
-def _kept(layer: SyncStatistics) -> str:
+def _kept(layer: SyncStatistics, took: str) -> str:
     if layer.memory_efficient:
         return "the output, which the layer that follows keeps anyway, and a few numbers per channel"
     if layer.activation in ("relu", "leaky_relu"):
         return "the input, a few numbers per channel, and one bit an element where there is a residual"
+    if took:
+        return "the input, a few numbers per channel, and where a sum is taken in one bit an element (SiLU, GELU: the residual)"
     smooth = ", and the residual where there is one" if layer.activation else ""
     return f"the input and a few numbers per channel{smooth}"
 
