@@ -22,6 +22,5 @@ class Roles(griffe.Extension):
             obj.docstring = griffe.Docstring(inspect.cleandoc(made.__doc__), parent=obj)
         if obj.docstring:
             text = _ROLE.sub(r"`\1`", obj.docstring.value)
-            obj.docstring.value = re.sub(
-                r"^Example:$", "Examples:", text, flags=re.MULTILINE
-            )  # griffe knows the plural
+            # griffe knows the plural
+            obj.docstring.value = re.sub(r"^Example:$", "Examples:", text, flags=re.MULTILINE)

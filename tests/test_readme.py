@@ -87,10 +87,8 @@ def test_the_flow_quotes_the_study() -> None:
 def test_what_is_offered_to_copy_runs(tmp_path: Path) -> None:
     pytest.importorskip("transformers")
     pytest.importorskip("accelerate", reason="the Trainer of transformers needs it, too")
-    script, order = (
-        [PRELUDE],
-        sorted(blocks(), key="torchrun".__ne__),
-    )  # it makes the group, and the others take it as it is
+    script = [PRELUDE]
+    order = sorted(blocks(), key="torchrun".__ne__)  # it makes the group, and the others take it as it is
     for name in order:
         script.append("names = fresh()")
         script += ["names['loader'] = names['mine']"] if name == "torchrun" else []

@@ -46,9 +46,8 @@ def gather_rows(row: Tensor, group: Group, call: Call | None = None) -> Tensor:
     if not _on_host(row):
         return all_gather(torch.cat([row, row.new_zeros(1)]), group.name, group.size)[:, :-1]
     device = group_device(group.name)  # NCCL has no CPU tensors
-    halves = (
-        row.detach().contiguous().view(torch.int32)
-    )  # float64 holds each exactly, whatever the bits of the row mean
+    # float64 holds each half exactly, whatever the bits of the row mean.
+    halves = row.detach().contiguous().view(torch.int32)
     together = group.size * len(halves) <= _TOGETHER
     mine = torch.zeros(group.size if together else 0, len(halves), dtype=torch.float64)
     if together:

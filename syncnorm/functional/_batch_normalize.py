@@ -232,10 +232,8 @@ def _from_output(
             "input. Use memory_efficient=False where create_graph=True is needed."
         )
     if walk.activation is not None:
-        grad, y = (
-            walk.activation.backward(grad, y),
-            walk.activation.inverse(y),
-        )  # y has the sign of what it was made from
+        # y has the sign of what it was made from.
+        grad, y = walk.activation.backward(grad, y), walk.activation.inverse(y)
     gamma = torch.ones_like(rstd) if weight is None else weight.double()
     mean = torch.zeros_like(rstd) if bias is None else bias.double()
     return grad, y, rstd * gamma.square(), mean, gamma.reciprocal()
