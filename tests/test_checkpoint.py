@@ -345,6 +345,20 @@ def test_selective_checkpointing_pairs_the_right_operations() -> None:
             assert error <= BOUND and counts == {"all_reduce": 4}
 
 
+@pytest.mark.parametrize("saved", [True, False])
+def test_selective_checkpointing_of_a_fused_layer_alone(saved: bool) -> None:
+    policy = CheckpointPolicy.MUST_SAVE if saved else CheckpointPolicy.PREFER_RECOMPUTE
+    contexts = functools.partial(create_selective_checkpoint_contexts, lambda *_args, **_kwargs: policy)
+    layer = syncnorm.SyncBatchNorm1d(3, activation="silu").double()
+    x = torch.randn(6, 3, 40, dtype=torch.float64, requires_grad=True)
+    gradients = []
+    for run in (layer, lambda x: checkpoint(layer, x, use_reentrant=False, context_fn=contexts)):
+        layer.reset_running_stats()
+        gradients.append(torch.autograd.grad(run(x).square().sum(), [x, layer.weight, layer.bias]))
+        assert layer.num_batches_tracked == 1
+    torch.testing.assert_close(gradients[0], gradients[1])
+
+
 # --------------------------------------------------------------------------------------------------------- torch.compile
 
 

@@ -5,6 +5,8 @@ budget. Where that error can turn the sign of what the activation is applied to,
 one, and not an inexact one.
 """
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor
@@ -13,10 +15,11 @@ from torch.nn import functional
 from syncnorm.core.activation import Activation
 from syncnorm.distributed.groups import LOCAL
 from syncnorm.functional import sync_batch_norm
-from syncnorm.kernels import BACKENDS, objections
+from syncnorm.kernels import BACKENDS, alone, objections
 
 SERVING = [name for name, reason in objections(torch.empty(2, 3, 4)).items() if reason is None]
 FAST = [name for name in SERVING if name != "reference"]
+ALONE = [name for name in SERVING if alone(BACKENDS[name]) is not None]
 ACTIVATIONS = [None, Activation("relu"), Activation("leaky_relu", 0.2), Activation("silu"), Activation("gelu")]
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 # Flat forms, with lengths at and around whole vectors and bytes: [N, C, S] and [M, C].
@@ -33,6 +36,8 @@ SHAPES = [
     (13, 8),
 ]
 EPS = 1e-5
+
+Run = Callable[[str, dict[str, Tensor], Activation | None, bool], dict[str, Tensor | None]]
 
 
 def inputs(shape: tuple[int, ...], dtype: torch.dtype, offset: float = 3.0) -> dict[str, Tensor]:
@@ -81,6 +86,29 @@ def by_primitives(
     return {"y": y, "x": dx, "weight": sums[1], "bias": sums[0], "residual": dresidual}
 
 
+def by_whole_directions(
+    name: str, v: dict[str, Tensor], activation: Activation | None, with_residual: bool
+) -> dict[str, Tensor | None]:
+    """As :func:`by_primitives`, by the two calls of a group of one."""
+    whole = alone(BACKENDS[name])
+    assert whole is not None
+    x, weight, bias = (
+        v["x"],
+        *(v[key].to(torch.promote_types(v["x"].dtype, torch.float32)) for key in ("weight", "bias")),
+    )
+    residual = v["residual"] if with_residual else None
+    y, moments, rstd, mask = whole.batch_forward(x, weight, bias, EPS, activation, residual)
+    is_masked = with_residual and activation is not None and activation.is_piecewise_linear
+    assert (mask is not None) == is_masked and moments.count == x.numel() / x.size(1)
+    side = mask if is_masked else residual if activation is not None else None
+    dx, dresidual, dbias, dweight = whole.batch_backward(
+        v["grad"], x, moments.mean, rstd, weight, bias, activation, side, with_residual
+    )
+    assert (dresidual is not None) == (with_residual and activation is not None)
+    assert dbias.dtype == dweight.dtype == weight.dtype
+    return {"y": y, "x": dx, "weight": dweight, "bias": dbias, "residual": dresidual}
+
+
 def test_the_composition_here_is_torchs() -> None:
     v = inputs((5, 3, 16), torch.float64)
     x, weight, bias = v["x"].clone().requires_grad_(), v["weight"].double(), v["bias"].double()
@@ -89,7 +117,9 @@ def test_the_composition_here_is_torchs() -> None:
     torch.testing.assert_close(exactly(v, Activation("gelu"), True)["x"], dx)
 
 
-def check(shape: tuple[int, ...], name: str, dtype: torch.dtype, activation: Activation | None, offset: float) -> None:
+def check(
+    shape: tuple[int, ...], name: str, dtype: torch.dtype, activation: Activation | None, offset: float, run: Run
+) -> None:
     for with_residual in (False, True):
         v = inputs(shape, dtype, offset)
         wide = {**v, **{key: v[key].to(torch.promote_types(dtype, torch.float32)) for key in ("x", "residual", "grad")}}
@@ -101,7 +131,7 @@ def check(shape: tuple[int, ...], name: str, dtype: torch.dtype, activation: Act
             v["grad"] = torch.where(exact["pre"].abs() <= margin, 0, v["grad"])
             exact = exactly(v, activation, with_residual)
         reference = by_primitives("reference", v, activation, with_residual)
-        for key, got in by_primitives(name, v, activation, with_residual).items():
+        for key, got in run(name, v, activation, with_residual).items():
             if got is None:
                 continue
             true, theirs = exact[key], reference[key]
@@ -126,7 +156,25 @@ def check(shape: tuple[int, ...], name: str, dtype: torch.dtype, activation: Act
 @pytest.mark.parametrize("name", FAST)
 def test_no_worse_than_the_reference(name: str, dtype: torch.dtype, activation: Activation | None) -> None:
     for shape in SHAPES:
-        check(shape, name, dtype, activation, offset=3.0)
+        check(shape, name, dtype, activation, 3.0, by_primitives)
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS, ids=lambda a: a.name if a else "none")
+@pytest.mark.parametrize("name", ALONE)
+def test_whole_directions_are_no_worse_either(name: str, activation: Activation | None) -> None:
+    for dtype in DTYPES:
+        for shape in SHAPES:
+            check(shape, name, dtype, activation, 3.0, by_whole_directions)
+    check((2, 17, 49), name, torch.float32, activation, 1e6, by_whole_directions)
+
+
+# Slabs of two channels and one of the last, of one channel, and bytes of a mask that end within a run.
+@pytest.mark.parametrize("shape", [(16, 41, 1100), (32, 19, 1003)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", ALONE)
+def test_whole_directions_slab_by_slab(name: str, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    for activation in (None, Activation("leaky_relu", 0.2), Activation("gelu")):
+        check(shape, name, dtype, activation, 3.0, by_whole_directions)
 
 
 @pytest.mark.parametrize("offset", [1e3, 1e6])
@@ -134,7 +182,7 @@ def test_no_worse_than_the_reference(name: str, dtype: torch.dtype, activation: 
 @pytest.mark.parametrize("name", FAST)
 def test_no_worse_than_the_reference_far_from_zero(name: str, activation: Activation | None, offset: float) -> None:
     for shape in ((2, 17, 49), (199, 3), (9, 7, 15)):
-        check(shape, name, torch.float32, activation, offset)
+        check(shape, name, torch.float32, activation, offset, by_primitives)
 
 
 @pytest.mark.parametrize("name", SERVING)

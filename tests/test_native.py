@@ -73,6 +73,10 @@ def test_operators_pass_torchs_own_checks() -> None:
             (ops.batch_backward_reduce, (g, x, *affine, RELU, 0.0, mask)),
             (ops.batch_backward_input, (g, x, *affine, means, RELU, 0.0, None)),
             (ops.batch_backward_input_and_residual, (g, x, *affine, means, RELU, 0.0, mask)),
+            (ops.batch_forward, (x, *affine[2:], 1e-5, RELU, 0.0, g)),
+            (ops.batch_forward, (x, None, None, 1e-5, 0, 0.0, g)),
+            (ops.batch_backward, (g, x, *affine, RELU, 0.0, mask, True)),
+            (ops.batch_backward, (g, x, vector, vector, None, None, 0, 0.0, None, False)),
         ):
             torch.library.opcheck(op.default, arguments, test_utils=("test_schema", "test_faketensor"))
 
@@ -109,13 +113,17 @@ def test_empty_tensors_have_empty_results() -> None:
         assert torch.equal(ops.batch_backward_reduce(x, x, *affine, 0, 0.0, None), torch.zeros(2, x.size(1)).double())
         y, mask = ops.batch_normalize_masked(x, *affine, RELU, 0.0, x)
         assert torch.equal(y, x) and mask.numel() == 0
+        with pytest.raises(RuntimeError, match="expected values, got"):
+            ops.batch_forward(x, None, None, 1e-5, 0, 0.0, None)
+        with pytest.raises(RuntimeError, match="expected values, got"):
+            ops.batch_backward(x, x, *affine, 0, 0.0, None, False)
 
 
 @needs_compiler
 def test_results_do_not_depend_on_the_number_of_threads() -> None:
     load()
     ops = torch.ops.syncnorm
-    x = torch.randn(9, 37, 33, 31)
+    x = torch.randn(17, 37, 33, 31)  # enough for slabs
     vector = torch.rand(37, dtype=torch.float64) + 0.5
     before = torch.get_num_threads()
     try:
@@ -126,7 +134,9 @@ def test_results_do_not_depend_on_the_number_of_threads() -> None:
                 affine = vector, vector, None, None
                 y, mask = ops.batch_normalize_masked(f, *affine, RELU, 0.0, f)
                 sums = ops.batch_backward_reduce(f, f, *affine, RELU, 0.0, mask)
-                outcomes.append((*ops.batch_moments(f), y, mask, sums))
+                forward = ops.batch_forward(f, None, None, 1e-5, RELU, 0.0, f)
+                backward = ops.batch_backward(f, f, *affine, RELU, 0.0, mask, True)
+                outcomes.append((*ops.batch_moments(f), y, mask, sums, *forward, *backward))
     finally:
         torch.set_num_threads(before)
     for one, two in zip(outcomes[:2], outcomes[2:], strict=True):

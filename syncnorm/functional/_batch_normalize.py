@@ -21,6 +21,7 @@ from syncnorm.errors import SyncNormError
 from syncnorm.functional._batch_backward import Backward, batch_backward
 from syncnorm.functional._checkpoint import (
     is_recomputing,
+    is_selective,
     recall_call,
     remember_call,
     unseen_by_selective_checkpointing,
@@ -28,7 +29,7 @@ from syncnorm.functional._checkpoint import (
 from syncnorm.functional._nonfinite import refuse_nonfinite
 from syncnorm.functional._one_value import ONE_VALUE, refuse_one_value
 from syncnorm.functional._walk import Walk, apply_function, empty_after, moments_of_none
-from syncnorm.kernels import choose
+from syncnorm.kernels import alone, choose
 from syncnorm.kernels.vectors import inverse_std, update_running
 
 __all__ = ["batch_normalize", "batch_normalize_and_moments"]
@@ -86,43 +87,38 @@ class _Normalize(Function):
         walk: Walk,
         running: RunningStatistics | None,
     ) -> tuple[Any, ...]:
-        recomputing = is_recomputing()
-        flat = flatten(x) if x.numel() else x
-        with unseen_by_selective_checkpointing():
-            moments, correction = (
-                walk.known or (recall_call(walk.site, walk.call) if recomputing else None) or (None, ())
-            )
-            if moments is None:
-                local = choose(walk.backend, x).batch_moments(flat) if x.numel() else moments_of_none(x)
-                moments = exchange_moments(local, walk.group, needs_backward=walk.needs_backward, call=walk.call)
-                refuse_one_value(moments.count, count_per_channel(x), x.shape)
-                if walk.refuses_nonfinite:
-                    refuse_nonfinite(local, moments, walk.group)
-            rstd = inverse_std(moments, walk.eps)
-            if walk.renorm is not None:
-                if not correction:
-                    correction = _correction(moments, rstd, walk, running, recomputing=recomputing)
-                weight, bias = correct_affine(weight, bias, correction, x.dtype)
-            if not recomputing and not torch.compiler.is_compiling():
-                remember_call(walk.site, walk.call, (moments, correction))
-        mask: tuple[Tensor, ...] = ()
-        if x.numel():
-            backend = choose(walk.backend, x)
+        eager = not torch.compiler.is_compiling()
+        recomputing = eager and is_recomputing()
+        if not x.numel():
+            moments, rstd, correction = _meet(x, None, walk, running, recomputing)
+            y = empty_after(rstd, x)
+            bits = None
+        else:
+            backend, flat = choose(walk.backend, x), flatten(x)
             residual = None if residual is None else flatten_like(residual, flat)
-            y, bits = backend.batch_normalize(flat, moments.mean, rstd, weight, bias, walk.activation, residual)
+            goes_alone = walk.is_local and walk.known is None and not recomputing and not is_selective()
+            if goes_alone and (whole := alone(backend)) is not None:
+                values = count_per_channel(x)
+                refuse_one_value(values, values, x.shape)
+                y, moments, rstd, bits = whole.batch_forward(flat, weight, bias, walk.eps, walk.activation, residual)
+                correction = ()
+            else:
+                moments, rstd, correction = _meet(x, flat, walk, running, recomputing)
+                if correction:
+                    weight, bias = correct_affine(weight, bias, correction, x.dtype)
+                y, bits = backend.batch_normalize(flat, moments.mean, rstd, weight, bias, walk.activation, residual)
             y = unflatten(y, x.shape)
             # The same memory but no view, for the ReLU(inplace=True) that often follows; Inductor makes no copy of this one.
-            y = y.clone() if torch.compiler.is_compiling() else y.data
-            mask = () if bits is None else (bits,)
-        else:
-            y = empty_after(rstd, x)
-        if running is not None and not recomputing and not torch.compiler.is_compiling():
+            y = y.data if eager else y.clone()
+        if eager and not recomputing:
+            remember_call(walk.site, walk.call, (moments, correction))
+        if running is not None and eager and not recomputing:
             with unseen_by_selective_checkpointing():
                 update_running(running, moments)
         count = moments.count
-        if torch.compiler.is_compiling() and not isinstance(count, Tensor):
+        if not eager and not isinstance(count, Tensor):
             count = rstd.new_full((), count)  # Dynamo asks every output for a gradient that is a tensor
-        return y, moments.mean, moments.m2, rstd, count, *correction, *mask
+        return y, moments.mean, moments.m2, rstd, count, *correction, *(() if bits is None else (bits,))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
@@ -168,9 +164,8 @@ class _Normalize(Function):
                 Backward, grad, x, effective, mean, rstd, count, walk, ctx.needs_input_grad[0]
             )  # fmt: skip
         else:
-            needs_x, *_, needs_residual, _, _ = ctx.needs_input_grad
-            dx, dresidual, (dbias, dweight), _ = batch_backward(
-                grad, x, effective, shift, side, mean, rstd, count, walk, needs_x, needs_residual
+            dx, dresidual, dbias, dweight = _first_derivative(
+                grad, x, effective, shift, side, mean, rstd, count, walk, ctx.needs_input_grad
             )  # fmt: skip
         if correction:
             dweight = dweight * correction[0] + dbias * correction[1]
@@ -182,6 +177,58 @@ class _Normalize(Function):
             None,
             None,
         )
+
+
+def _meet(
+    x: Tensor, flat: Tensor | None, walk: Walk, running: RunningStatistics | None, recomputing: bool
+) -> tuple[Moments, Tensor, tuple[Tensor, ...]]:
+    """Moments over all ranks, 1/std, and the correction of batch renormalisation; ``flat`` is None for an empty shard."""
+    with unseen_by_selective_checkpointing():
+        moments, correction = walk.known or (recall_call(walk.site, walk.call) if recomputing else None) or (None, ())
+        if moments is None:
+            local = moments_of_none(x) if flat is None else choose(walk.backend, x).batch_moments(flat)
+            moments = exchange_moments(local, walk.group, needs_backward=walk.needs_backward, call=walk.call)
+            refuse_one_value(moments.count, count_per_channel(x), x.shape)
+            if walk.refuses_nonfinite:
+                refuse_nonfinite(local, moments, walk.group)
+        rstd = inverse_std(moments, walk.eps)
+        if walk.renorm is not None and not correction:
+            correction = _correction(moments, rstd, walk, running, recomputing=recomputing)
+    return moments, rstd, correction
+
+
+def _first_derivative(
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    side: Tensor | None,
+    mean: Tensor,
+    rstd: Tensor,
+    count: Tensor | float,
+    walk: Walk,
+    needs: tuple[bool, ...],
+) -> tuple[Tensor | None, Tensor | None, Tensor, Tensor]:
+    """Gradients of the input, of the residual (None where it is ``grad``), of bias and of weight."""
+    needs_x, *_, needs_residual, _, _ = needs
+    if walk.is_local and needs_x and x.numel() and (whole := alone(choose(walk.backend, x))) is not None:
+        flat = flatten(x)
+        if side is not None and walk.activation is not None and not walk.activation.is_piecewise_linear:
+            side = flatten_like(side, flat)
+        dx, dresidual, dbias, dweight = whole.batch_backward(
+            flatten_like(grad, flat), flat, mean, rstd, weight, bias, walk.activation, side, needs_residual
+        )
+        return (
+            unflatten(dx, x.shape),
+            None if dresidual is None else unflatten(dresidual, x.shape),
+            dbias,
+            dweight,
+        )
+    dx_or_none, dresidual, sums, _ = batch_backward(
+        grad, x, weight, bias, side, mean, rstd, count, walk, needs_x, needs_residual
+    )
+    dbias, dweight = sums.unbind()
+    return dx_or_none, dresidual, dbias, dweight
 
 
 def _before_activation(

@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode, _pop_mode_t
 
 from syncnorm.distributed.agreement import Call
 
-__all__ = ["is_recomputing", "recall_call", "remember_call", "unseen_by_selective_checkpointing"]
+__all__ = ["is_recomputing", "is_selective", "recall_call", "remember_call", "unseen_by_selective_checkpointing"]
 
 _MOMENTS = "_syncnorm_moments"
 _REENTRANT = (checkpoint.CheckpointFunction.forward.__code__, checkpoint.CheckpointFunction.backward.__code__)
@@ -73,14 +73,19 @@ def recall_call(site: object, call: Call | None) -> tuple[Any, ...] | None:
     return found
 
 
+def is_selective() -> bool:
+    """Whether selective checkpointing sees, and counts, the operations called here."""
+    if torch.compiler.is_compiling():
+        return False
+    return torch._C._len_torch_dispatch_stack() > 0 and isinstance(_get_current_dispatch_mode(), _SELECTIVE)
+
+
 def unseen_by_selective_checkpointing() -> AbstractContextManager[None]:
     """Within, selective checkpointing sees no operation.
 
     It pairs the n-th call of an operation in the forward with the n-th in the recompute, which makes fewer of ours.
     """
-    if torch.compiler.is_compiling():
-        return nullcontext()
-    if torch._C._len_torch_dispatch_stack() and isinstance(_get_current_dispatch_mode(), _SELECTIVE):
+    if is_selective():
         return _pop_mode_temporarily()  # type: ignore[no-any-return, unused-ignore]
     return nullcontext()
 

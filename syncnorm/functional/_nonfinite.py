@@ -14,6 +14,7 @@ from syncnorm.errors import SyncNormNonFinite
 __all__ = ["OnNonFinite", "check_policy", "refuse_nonfinite"]
 
 OnNonFinite = Literal["propagate", "skip_update", "raise"]
+_POLICIES = get_args(OnNonFinite)
 
 _TEXT = "the statistics of the batch are not finite"
 _SHOWN = 8
@@ -21,8 +22,8 @@ _SHOWN = 8
 
 def check_policy(policy: str) -> None:
     """Raise ValueError for an unknown policy."""
-    if policy not in get_args(OnNonFinite):
-        raise ValueError(f"on_nonfinite must be one of {list(get_args(OnNonFinite))}, got {policy!r}.")
+    if policy not in _POLICIES:
+        raise ValueError(f"on_nonfinite must be one of {list(_POLICIES)}, got {policy!r}.")
 
 
 def refuse_nonfinite(local: Moments, moments: Moments, group: Group) -> None:

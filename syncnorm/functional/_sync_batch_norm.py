@@ -138,7 +138,11 @@ def sync_batch_norm(
 
 def needs_grad(*tensors: Tensor | None) -> bool:
     """Whether a backward follows a call on these tensors."""
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    if torch.is_grad_enabled():
+        for t in tensors:
+            if t is not None and t.requires_grad:
+                return True
+    return False
 
 
 def evaluate(

@@ -44,6 +44,11 @@ class Walk(NamedTuple):
     call: Call | None = None
     known: tuple[Moments, tuple[Tensor, ...]] | None = None
 
+    @property
+    def is_local(self) -> bool:
+        """Whether nothing comes between the local moments and their use."""
+        return self.group.size == 1 and self.renorm is None and not self.refuses_nonfinite
+
 
 def apply_function(function: type[Function], *arguments: Any) -> Any:
     """``function.apply`` at half its price."""

@@ -15,7 +15,7 @@ from syncnorm.core.moments import Moments
 from syncnorm.kernels import aten, native, reference, triton
 from syncnorm.kernels._choice import pick
 
-__all__ = ["BACKENDS", "Backend", "choose", "objections"]
+__all__ = ["BACKENDS", "Alone", "Backend", "alone", "choose", "objections"]
 
 
 class Backend(Protocol):
@@ -77,6 +77,43 @@ class Backend(Protocol):
 
         Second comes g', the gradient of the residual, where it is asked for and is not ``grad`` itself; else None.
         """
+
+
+class Alone(Protocol):
+    """What a backend may have beside the primitives: a whole direction in one call, for a group of one.
+
+    Nothing stands between the passes over the data there, so they need not be passes over memory.
+    """
+
+    def batch_forward(
+        self,
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        eps: float,
+        activation: Activation | None,
+        residual: Tensor | None,
+    ) -> tuple[Tensor, Moments, Tensor, Tensor | None]:
+        """y, moments, ``1/√(var + eps)`` and mask, by ``batch_moments`` and ``batch_normalize``."""
+
+    def batch_backward(
+        self,
+        grad: Tensor,
+        x: Tensor,
+        mean: Tensor,
+        rstd: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        activation: Activation | None,
+        side: Tensor | None,
+        needs_residual: bool,
+    ) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
+        """Gradients of x, residual, bias and weight, by ``batch_backward_reduce`` and ``batch_backward_input``."""
+
+
+def alone(backend: Backend) -> Alone | None:
+    """The backend, if it has a call for each whole direction."""
+    return cast(Alone, backend) if hasattr(backend, "batch_forward") else None
 
 
 def _backend(module: ModuleType) -> Backend:

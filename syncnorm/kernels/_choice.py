@@ -25,7 +25,9 @@ def pick(backends: Mapping[str, _Backend], name: str, x: Tensor) -> _Backend:
         SyncNormError: If a backend asked for by name objects.
     """
     if name == "auto":
-        return next(b for b in backends.values() if b.objection(x) is None and not _stands_back(b, x))
+        for backend in backends.values():
+            if backend.objection(x) is None and not _stands_back(backend, x):
+                return backend
     check_name(backends, name)
     reason = backends[name].objection(x)
     if reason is not None:

@@ -60,9 +60,6 @@ def update_running(running: RunningStatistics, batch: Moments) -> None:
 
 
 def _serves(count: Tensor | float | None, *tensors: Tensor) -> bool:
-    return (
-        isinstance(count, float)
-        and not torch.compiler.is_compiling()
-        and all(type(t) is Tensor and t.is_cpu for t in tensors)
-        and native.load() is None
-    )
+    if not isinstance(count, float) or torch.compiler.is_compiling() or native.load() is not None:
+        return False
+    return all([type(t) is Tensor and t.is_cpu for t in tensors])  # noqa: C419 (a generator costs twice as much)

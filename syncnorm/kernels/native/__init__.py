@@ -18,8 +18,10 @@ from syncnorm.core.traced import constant_while_traced
 from syncnorm.kernels.native._build import build, compiler, library_path
 
 __all__ = [
+    "batch_backward",
     "batch_backward_input",
     "batch_backward_reduce",
+    "batch_forward",
     "batch_moments",
     "batch_normalize",
     "build",
@@ -28,6 +30,7 @@ __all__ = [
 ]
 
 _CODES = {name: code for code, name in enumerate(ACTIVATIONS, 1)}
+_MASKED = [_CODES[name] for name in ACTIVATIONS if Activation(name).is_piecewise_linear]
 _GROUP = 16  # kGroup of batch.h
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -121,6 +124,39 @@ def batch_backward_input(
     return _ops().batch_backward_input.default(*arguments), None
 
 
+def batch_forward(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    activation: Activation | None,
+    residual: Tensor | None,
+) -> tuple[Tensor, Moments, Tensor, Tensor | None]:
+    """y, moments, 1/std and mask of a group of one: channel by channel where they fit a cache, so x is read once."""
+    out = _ops().batch_forward.default(x, weight, bias, eps, *_code(activation), residual)
+    y, mean, m2, rstd, mask = out
+    return y, Moments(float(count_per_channel(x)), mean, m2), rstd, mask if mask.numel() else None
+
+
+def batch_backward(
+    grad: Tensor,
+    x: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    activation: Activation | None,
+    side: Tensor | None,
+    needs_residual: bool,
+) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
+    """Gradients of x, of the residual (None where it is ``grad``), of bias and of weight, for a group of one."""
+    needs_residual = needs_residual and activation is not None
+    code = _code(activation)
+    out = _ops().batch_backward.default(grad, x, mean, rstd, weight, bias, *code, side, needs_residual)
+    dx, dresidual, dbias, dweight = out
+    return dx, dresidual if needs_residual else None, dbias, dweight
+
+
 def _ops() -> Any:
     # Callers name the overload, too: a packet looks for it at every call.
     return torch.ops.syncnorm
@@ -150,6 +186,18 @@ def _register_fakes() -> None:
         mask_bytes = x.size(0) * x.size(1) * (-(-x.size(2) // 8)) if runs else -(-x.numel() // 8)
         return torch.empty_like(x), x.new_empty(mask_bytes, dtype=torch.uint8)
 
+    def forward(
+        x: Tensor, weight: Any, bias: Any, eps: float, activation: int, slope: float, residual: Tensor | None
+    ) -> tuple[Tensor, ...]:
+        y, mask = masked(x) if residual is not None and activation in _MASKED else (like(x), x.new_empty(0).byte())
+        return y, *moments(x), x.new_empty(x.size(1), dtype=torch.float64), mask
+
+    def backward(
+        grad: Tensor, x: Tensor, mean: Any, rstd: Any, weight: Tensor | None, *rest: Any
+    ) -> tuple[Tensor, ...]:
+        vectors = (x.new_empty(x.size(1), dtype=torch.float64 if weight is None else weight.dtype) for _ in range(2))
+        return like(x), like(x) if rest[-1] else x.new_empty(0), *vectors
+
     def both(grad: Tensor, x: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
         return torch.empty_like(x), torch.empty_like(x)
 
@@ -160,6 +208,8 @@ def _register_fakes() -> None:
         "batch_backward_reduce": sums,
         "batch_backward_input": like,
         "batch_backward_input_and_residual": both,
+        "batch_forward": forward,
+        "batch_backward": backward,
     }
     for name, fake in fakes.items():
         torch.library.register_fake(f"syncnorm::{name}", fake)

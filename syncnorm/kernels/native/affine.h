@@ -18,6 +18,9 @@ struct Channels {
   Channels(int64_t C, const Tensor& mean, const Tensor& rstd, const OptTensor& weight, const OptTensor& bias)
       : mean(values_of(mean, C, 0)), rstd(values_of(rstd, C, 1)), weight(values_of(weight, C, 1)), bias(values_of(bias, C, 0)) {}
 
+  Channels(int64_t C, const OptTensor& weight, const OptTensor& bias)
+      : mean(C), rstd(C), weight(values_of(weight, C, 1)), bias(values_of(bias, C, 0)) {}
+
   double scale(int64_t c) const { return rstd[c] * weight[c]; }
 
   // mean, scale and shift of a channel; what rounding takes from the mean is returned through the shift.
@@ -33,12 +36,13 @@ template <typename V, typename Vec> inline Vec pre_activation(Vec x, const V& vi
   return (x - view.template get<0>(column)) * view.template get<1>(column) + view.template get<2>(column);
 }
 
-// Whether all rows are whole cache lines and there are so many of them that the next reader will not find them in a cache.
-template <typename T> bool streams(const Layout& layout, const T* out) {
+// Whether the rows of an output like x are whole cache lines, and so many that the next reader will not find them in a cache.
+template <typename T> bool streams(const Tensor& x, const Layout& layout, const T* out) {
   if (layout.parts.size() != 1 || reinterpret_cast<uintptr_t>(out) % 64) return false;
   const Part& part = layout.parts[0];
-  const int64_t row = part.columns * sizeof(T);
-  return row % 64 == 0 && part.rows * row >= kStreamBytes;
+  const auto in_lines = [](int64_t elements) { return elements * sizeof(T) % 64 == 0; };
+  return in_lines(part.offset) && in_lines(part.columns) && in_lines(part.pitch) &&
+         x.numel() * static_cast<int64_t>(sizeof(T)) >= kStreamBytes;
 }
 
 inline void expect_like(const Tensor& t, const Tensor& x, const char* name) {

@@ -19,11 +19,18 @@ constexpr int64_t kBlock = 1024;             // columns at a time, so that their
 struct Part {
   int64_t offset, rows, columns;  // elements
   int64_t bits;                   // offset in bytes into a mask, of which each row has whole ones
+  int64_t pitch, bit_pitch;       // elements and bytes of a mask to the next row; for runs, to the next sample
   int64_t row_bits() const { return (columns + 7) / 8; }
 };
 
+// A row: its first element, first byte of the mask, and length.
+struct Span {
+  int64_t at, bits, n;
+};
+
 struct Layout {
-  int64_t channels, repeat = 1;
+  int64_t first = 0, channels, repeat = 1;  // channels from the first on
+  int64_t samples, pitch;  // and elements from one sample to the next
   bool across;        // rows run across the channels
   int64_t width;      // entries of a parameter: channels, or columns
   int64_t mask_bytes;
@@ -34,28 +41,50 @@ struct Layout {
     TORCH_CHECK(
         x.is_contiguous() && (x.dim() == 2 || x.dim() == 3), "expected a contiguous [N, C, S] or [M, C] tensor");
     channels = x.size(1);
-    int64_t rows = x.size(0), columns = channels;
+    int64_t rows = samples = x.size(0), columns = channels;
+    pitch = x.dim() == 3 ? channels * x.size(2) : channels;
     across = x.dim() == 2 || x.size(2) < kGroup;
     if (x.numel() == 0) {
       rows = columns = 0;
       parts = {};
     } else if (!across) {
-      parts = {{0, rows * channels, x.size(2), 0}};
+      const int64_t S = x.size(2);
+      parts = {{0, rows * channels, S, 0, channels * S, channels * ((S + 7) / 8)}};
     } else {
       if (x.dim() == 3) columns *= repeat = x.size(2);
       int64_t joined = columns < kShortRow ? (kShortRow + columns - 1) / columns : 1;
       const int64_t whole = masked ? 8 / std::gcd(columns, int64_t{8}) : 1;  // no row ends within a byte
       joined = std::min(rows, (joined + whole - 1) / whole * whole);
       const int64_t rest = rows % joined;
-      parts = {{0, rows / joined, columns * joined, 0}};
-      if (rest) parts.push_back({(rows - rest) * columns, 1, rest * columns, parts[0].rows * parts[0].row_bits()});
-      columns *= joined;
+      const int64_t long_row = columns * joined, row_bits = (long_row + 7) / 8;
+      parts = {{0, rows / joined, long_row, 0, long_row, row_bits}};
+      if (rest) parts.push_back({(rows - rest) * columns, 1, rest * columns, parts[0].rows * row_bits, 0, 0});
+      columns = long_row;
     }
     width = across ? columns : channels;
     mask_bytes = parts.empty() ? 0 : parts.back().bits + parts.back().rows * parts.back().row_bits();
   }
 
-  // Calls function(entry of a parameter, channel).
+  // The first element and the first byte of the mask of a row, which ends `columns` later.
+  Span row(const Part& part, int64_t r) const {
+    if (across) return {part.offset + r * part.pitch, part.bits + r * part.bit_pitch, part.columns};
+    return run(part, r / channels, r % channels);
+  }
+  Span run(const Part& part, int64_t sample, int64_t channel) const {
+    return {part.offset + sample * part.pitch + channel * part.columns,
+            part.bits + sample * part.bit_pitch + channel * part.row_bits(), part.columns};
+  }
+
+  // Channels [c0, c1) alone, of a layout of runs.
+  Layout slab(int64_t c0, int64_t c1) const {
+    Layout slab = *this;
+    Part& part = slab.parts[0];
+    slab.first = c0, slab.channels = slab.width = c1 - c0;
+    part.offset = c0 * part.columns, part.bits = c0 * part.row_bits(), part.rows = samples * slab.channels;
+    return slab;
+  }
+
+  // Calls function(entry of a parameter, channel of this layout).
   template <typename F> void for_each_entry(F function) const {
     for (int64_t entry = 0; entry < width;) {
       for (int64_t c = 0; c < channels; ++c) {
@@ -70,10 +99,10 @@ template <typename A, int K> struct Parameters {
   int64_t stride;
   std::vector<A> data;
 
-  // fill(c, values) sets the K values of a channel.
+  // fill(c, values) sets the K values of a channel, counted from the tensor's first.
   template <typename F> Parameters(const Layout& layout, F fill) : stride(layout.width + 2 * kGroup), data(K * stride) {
     std::vector<A> values(layout.channels * K);
-    for (int64_t c = 0; c < layout.channels; ++c) fill(c, values.data() + c * K);
+    for (int64_t c = 0; c < layout.channels; ++c) fill(layout.first + c, values.data() + c * K);
     layout.for_each_entry([&](int64_t entry, int64_t c) {
       for (int k = 0; k < K; ++k) data[k * stride + kGroup + entry] = values[c * K + k];
     });
@@ -108,11 +137,6 @@ template <typename T> struct Data {
   const uint8_t* mask = nullptr;
   T *y = nullptr, *second = nullptr;
   uint8_t* new_mask = nullptr;
-};
-
-// A row: its first element, first byte of the mask, and length.
-struct Span {
-  int64_t at, bits, n;
 };
 
 // What an operator does with a mask.
@@ -176,7 +200,7 @@ void for_each_group(const Layout& layout, const Parameters<A, K>& parameters, co
         const int64_t n = kAcross ? std::min(kBlock, part.columns - block) : part.columns;
         for (int64_t r = begin; r < end; ++r) {
           const View<A, K, kAcross> view(parameters, kAcross ? block : r % layout.channels);
-          const Span row{part.offset + r * part.columns + block, part.bits + r * part.row_bits() + block / 8, n};
+          const Span whole = layout.row(part, r), row{whole.at + block, whole.bits + block / 8, n};
           cover<kMask>(data, row, [&](const Data<T>& from, int64_t at, int64_t i, uint32_t bits, int64_t) {
             return body(view, from, at, i, bits);
           });

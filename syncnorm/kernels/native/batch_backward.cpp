@@ -3,6 +3,7 @@
 // What the activation was applied to is computed again from x, or its sign is read from the mask of the forward.
 
 #include "affine.h"
+#include "slabs.h"
 #include "sums.h"
 
 namespace syncnorm {
@@ -49,6 +50,9 @@ struct Inputs {
   const OptTensor& side;
   Channels channels;
 
+  // Tensors like x, the mask or the residual included.
+  int64_t tensors() const { return source == Source::kSmoothWithResidual ? 3 : 2; }
+
   Inputs(
       const Tensor& grad, const Tensor& x, const Tensor& mean, const Tensor& rstd, const OptTensor& weight,
       const OptTensor& bias, int64_t function, double slope, const OptTensor& side)
@@ -75,10 +79,10 @@ struct Inputs {
 };
 
 template <typename T, Source kSource, typename A>
-void reduce(const Inputs& inputs, const Parameters<A, 3>& parameters, double* sums) {
+void add_up(const Inputs& inputs, const Layout& layout, const Parameters<A, 3>& parameters, double* sums) {
   const Activated<A> activated(inputs.activation);
   sum_channels<mask_of(kSource)>(
-      inputs.layout, parameters, inputs.data<T>(), sums,
+      layout, parameters, inputs.data<T>(), sums,
       [=](const auto& view, const Data<T>& from, int64_t at, int64_t i, uint32_t bits, vec_t<A>& p, vec_t<A>& q) {
         const vec_t<A> x = load(from.x + at);
         p = through<kSource>(activated, view, from, at, i, x, bits);
@@ -86,33 +90,40 @@ void reduce(const Inputs& inputs, const Parameters<A, 3>& parameters, double* su
       });
 }
 
+// Writes Σg' and Σg'·x̂ of the channels of a layout at their places in [2, C].
+template <typename T> void reduce(const Inputs& inputs, const Layout& layout, double* out) {
+  using A = acc_t<T>;
+  const Channels& v = inputs.channels;
+  const int64_t width = layout.channels, C = inputs.layout.channels;
+  std::vector<double> sums(2 * width);
+  const Parameters<A, 3> parameters(layout, [&](int64_t c, A* values) { v.affine(c, values); });
+  with_source(inputs.source, [&](auto source) { add_up<T, source()>(inputs, layout, parameters, sums.data()); });
+  for (int64_t k = 0; k < width; ++k) {
+    const int64_t c = layout.first + k;
+    out[c] = sums[k];
+    out[C + c] = (sums[width + k] - (v.mean[c] - static_cast<double>(static_cast<A>(v.mean[c]))) * sums[k]) * v.rstd[c];
+  }
+}
+
 Tensor batch_backward_reduce(
     const Tensor& grad, const Tensor& x, const Tensor& mean, const Tensor& rstd, const OptTensor& weight,
     const OptTensor& bias, int64_t activation, double slope, const OptTensor& side) {
   const Inputs inputs(grad, x, mean, rstd, weight, bias, activation, slope, side);
-  const int64_t C = inputs.layout.channels;
-  Tensor out = at::empty({2, C}, x.options().dtype(at::kDouble)).zero_();
-  double* sums = out.data_ptr<double>();
+  Tensor sums = at::empty({2, inputs.layout.channels}, x.options().dtype(at::kDouble));
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, x.scalar_type(), "syncnorm::batch_backward_reduce", [&] {
-    using A = acc_t<scalar_t>;
-    const Channels& v = inputs.channels;
-    const Parameters<A, 3> parameters(inputs.layout, [&](int64_t c, A* values) { v.affine(c, values); });
-    with_source(inputs.source, [&](auto source) { reduce<scalar_t, source()>(inputs, parameters, sums); });
-    for (int64_t c = 0; c < C; ++c) {
-      sums[C + c] = (sums[C + c] - (v.mean[c] - static_cast<double>(static_cast<A>(v.mean[c]))) * sums[c]) * v.rstd[c];
-    }
+    reduce<scalar_t>(inputs, inputs.layout, sums.data_ptr<double>());
   });
-  return out;
+  return sums;
 }
 
 // dx = g'·scale + (x - mean)·slope + shift, the parameters 3, 4 and 5.
 template <typename T, Source kSource, bool kAcross, typename A>
-void input(const Inputs& inputs, const Parameters<A, 6>& parameters, const Data<T>& data) {
+void write_rows(
+    const Inputs& inputs, const Layout& layout, const Parameters<A, 6>& parameters, const Data<T>& data, bool stream) {
   const Activated<A> activated(inputs.activation);
-  const bool stream = streams<T>(inputs.layout, data.y), stream_second = streams<T>(inputs.layout, data.second);
+  const bool stream_second = stream && reinterpret_cast<uintptr_t>(data.second) % 64 == 0;
   for_each_group<kAcross, mask_of(kSource)>(
-      inputs.layout, parameters, data,
-      [=](const auto& view, const Data<T>& to, int64_t group, int64_t column, uint32_t bits) {
+      layout, parameters, data, [=](const auto& view, const Data<T>& to, int64_t group, int64_t column, uint32_t bits) {
         for (int64_t v = 0; v < kVectors; ++v) {
           const int64_t at = group + v * kLanes, i = column + v * kLanes;
           const vec_t<A> x = load(to.x + at), g = through<kSource>(activated, view, to, at, i, x, bits >> (v * kLanes));
@@ -124,49 +135,88 @@ void input(const Inputs& inputs, const Parameters<A, 6>& parameters, const Data<
       });
 }
 
-std::tuple<Tensor, Tensor> input_and_residual(
+// What the second pass writes, and that pass; means(c) are ⟨g'⟩ and ⟨g'·x̂⟩ of a channel.
+struct Outputs {
+  Tensor dx, dresidual;
+
+  Outputs(const Inputs& inputs, bool needs_residual) : dx(at::empty_like(inputs.x)) {
+    if (!needs_residual) return;
+    TORCH_CHECK(inputs.source != Source::kGrad, "without an activation the gradient of the residual is grad itself");
+    dresidual = at::empty_like(inputs.x);
+  }
+
+  template <typename T, typename Means> void write(const Inputs& inputs, const Layout& layout, Means means) const {
+    using A = acc_t<T>;
+    const Channels& v = inputs.channels;
+    const Parameters<A, 6> parameters(layout, [&](int64_t c, A* values) {
+      v.affine(c, values);
+      const auto [mean_grad, mean_product] = means(c);
+      const double scale = v.scale(c), slope = -scale * v.rstd[c] * mean_product;
+      values[3] = static_cast<A>(scale);
+      values[4] = static_cast<A>(slope);
+      values[5] = static_cast<A>((static_cast<double>(values[0]) - v.mean[c]) * slope - scale * mean_grad);
+    });
+    Data<T> data = inputs.data<T>();
+    data.y = dx.data_ptr<T>();
+    if (dresidual.defined()) data.second = dresidual.data_ptr<T>();
+    const bool stream = streams(inputs.x, layout, data.y);
+    with_constant<bool>(layout.across, [&](auto across) {
+      with_source(inputs.source, [&](auto source) { write_rows<T, source(), across()>(inputs, layout, parameters, data, stream); });
+    });
+  }
+};
+
+Outputs input_and_residual(
     const Tensor& grad, const Tensor& x, const Tensor& mean, const Tensor& rstd, const OptTensor& weight,
     const OptTensor& bias, const Tensor& means, int64_t activation, double slope, const OptTensor& side,
     bool needs_residual) {
   const Inputs inputs(grad, x, mean, rstd, weight, bias, activation, slope, side);
   const int64_t C = inputs.layout.channels;
   const std::vector<double> mean_of = values_of(means, 2 * C, 0);
-  Tensor dx = at::empty_like(x), dresidual;
-  if (needs_residual) {
-    TORCH_CHECK(inputs.source != Source::kGrad, "without an activation the gradient of the residual is grad itself");
-    dresidual = at::empty_like(x);
-  }
+  const Outputs outputs(inputs, needs_residual);
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, x.scalar_type(), "syncnorm::batch_backward_input", [&] {
-    using A = acc_t<scalar_t>;
-    const Channels& v = inputs.channels;
-    const Parameters<A, 6> parameters(inputs.layout, [&](int64_t c, A* values) {
-      v.affine(c, values);
-      const double scale = v.scale(c), slope = -scale * v.rstd[c] * mean_of[C + c];
-      values[3] = static_cast<A>(scale);
-      values[4] = static_cast<A>(slope);
-      values[5] = static_cast<A>((static_cast<double>(values[0]) - v.mean[c]) * slope - scale * mean_of[c]);
-    });
-    Data<scalar_t> data = inputs.data<scalar_t>();
-    data.y = dx.data_ptr<scalar_t>();
-    if (needs_residual) data.second = dresidual.data_ptr<scalar_t>();
-    with_constant<bool>(inputs.layout.across, [&](auto across) {
-      with_source(inputs.source, [&](auto source) { input<scalar_t, source(), across()>(inputs, parameters, data); });
-    });
+    outputs.write<scalar_t>(inputs, inputs.layout, [&](int64_t c) { return std::pair(mean_of[c], mean_of[C + c]); });
   });
-  return {dx, dresidual};
+  return outputs;
 }
 
 Tensor batch_backward_input(
     const Tensor& grad, const Tensor& x, const Tensor& mean, const Tensor& rstd, const OptTensor& weight,
     const OptTensor& bias, const Tensor& means, int64_t activation, double slope, const OptTensor& side) {
-  return std::get<0>(
-      input_and_residual(grad, x, mean, rstd, weight, bias, means, activation, slope, side, false));
+  return input_and_residual(grad, x, mean, rstd, weight, bias, means, activation, slope, side, false).dx;
 }
 
 std::tuple<Tensor, Tensor> batch_backward_input_and_residual(
     const Tensor& grad, const Tensor& x, const Tensor& mean, const Tensor& rstd, const OptTensor& weight,
     const OptTensor& bias, const Tensor& means, int64_t activation, double slope, const OptTensor& side) {
-  return input_and_residual(grad, x, mean, rstd, weight, bias, means, activation, slope, side, true);
+  const Outputs outputs = input_and_residual(grad, x, mean, rstd, weight, bias, means, activation, slope, side, true);
+  return {outputs.dx, outputs.dresidual};
+}
+
+// The whole backward of a group of one: dx, g' for the residual (no elements where it is not asked for), and the gradients of
+// bias and weight in the dtype of the weight, or float64 without one.
+std::tuple<Tensor, Tensor, Tensor, Tensor> batch_backward(
+    const Tensor& grad, const Tensor& x, const Tensor& mean, const Tensor& rstd, const OptTensor& weight,
+    const OptTensor& bias, int64_t activation, double slope, const OptTensor& side, bool needs_residual) {
+  const Inputs inputs(grad, x, mean, rstd, weight, bias, activation, slope, side);
+  const int64_t C = inputs.layout.channels;
+  TORCH_CHECK(x.numel() > 0, "expected values, got ", x.sizes());
+  const double count = static_cast<double>(x.numel() / C);
+  const Outputs outputs(inputs, needs_residual);
+  std::vector<double> sums(2 * C);
+  AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, x.scalar_type(), "syncnorm::batch_backward", [&] {
+    for_each_slab(slabs_of<scalar_t>(inputs.layout, inputs.tensors()), [&](const Layout& slab) {
+      reduce<scalar_t>(inputs, slab, sums.data());
+      outputs.write<scalar_t>(inputs, slab, [&](int64_t c) { return std::pair(sums[c] / count, sums[C + c] / count); });
+    });
+  });
+  const auto options = x.options().dtype(weight ? weight->scalar_type() : at::kDouble);
+  Tensor dbias = at::empty({C}, options), dweight = at::empty({C}, options);
+  AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, dbias.scalar_type(), "syncnorm::batch_backward", [&] {
+    std::copy_n(sums.begin(), C, dbias.data_ptr<scalar_t>());
+    std::copy_n(sums.begin() + C, C, dweight.data_ptr<scalar_t>());
+  });
+  return {outputs.dx, needs_residual ? outputs.dresidual : at::empty({0}, x.options()), dbias, dweight};
 }
 
 }  // namespace
@@ -181,12 +231,16 @@ TORCH_LIBRARY_FRAGMENT(syncnorm, m) {
   m.def(
       "batch_backward_input_and_residual(Tensor grad, Tensor x, Tensor mean, Tensor rstd, Tensor? weight, Tensor? bias, "
       "Tensor means, int activation, float slope, Tensor? side) -> (Tensor, Tensor)");
+  m.def(
+      "batch_backward(Tensor grad, Tensor x, Tensor mean, Tensor rstd, Tensor? weight, Tensor? bias, int activation, "
+      "float slope, Tensor? side, bool needs_residual) -> (Tensor, Tensor, Tensor, Tensor)");
 }
 
 TORCH_LIBRARY_IMPL(syncnorm, CPU, m) {
   m.impl("batch_backward_reduce", batch_backward_reduce);
   m.impl("batch_backward_input", batch_backward_input);
   m.impl("batch_backward_input_and_residual", batch_backward_input_and_residual);
+  m.impl("batch_backward", batch_backward);
 }
 
 }  // namespace syncnorm

@@ -93,7 +93,7 @@ void sum_runs(const Layout& layout, const Parameters<A, K>& parameters, const Da
             }
           };
           for (int64_t m = n; m < std::min(n + together, n1); ++m) {
-            const Span row{(m * C + c) * S, (m * C + c) * part.row_bits(), S};
+            const Span row = layout.run(part, m, c);
             auto add = [&](TwoSums<A>& to, int64_t i, int64_t skip) __attribute__((always_inline)) {
               to.add(terms, view, data, row.at + i, i, bits_at<kMask>(data.mask, row, i), skip);
             };
@@ -132,9 +132,9 @@ void add_rows(
       sums.p[v] = load(first + i + v * kLanes), sums.q[v] = load(second + i + v * kLanes);
     }
     for (int64_t r = 0; r < rows; ++r) {
-      const Span next{row.at + r * part.columns, row.bits + r * part.row_bits(), row.n};
+      const Span next{row.at + r * part.pitch, row.bits + r * part.bit_pitch, row.n};
       if (kMask == Mask::kRead && r > 0) bits = bits_at<kMask>(data.mask, next, i);
-      sums.add(terms, view, from, at + r * part.columns, i, bits, skip);
+      sums.add(terms, view, from, at + r * part.pitch, i, bits, skip);
     }
     for (int64_t v = 0; v < kVectors; ++v) {
       store(first + i + v * kLanes, sums.p[v]), store(second + i + v * kLanes, sums.q[v]);
@@ -163,7 +163,7 @@ void sum_across(const Layout& layout, const Parameters<A, K>& parameters, const 
         for (int64_t r = range * part.rows / ranges; r < stop;) {
           std::fill(sum.begin(), sum.end(), A(0));
           for (const int64_t r1 = std::min(stop, r + kTerms); r < r1;) {
-            const Span row{part.offset + r * columns + block, part.bits + r * part.row_bits() + block / 8, n};
+            const Span whole = layout.row(part, r), row{whole.at + block, whole.bits + block / 8, n};
             const int64_t rows = n < kGroup ? 1 : std::min<int64_t>(r1 - r, 4);  // a padded row is one
             add_rows<kMask>(data, row, rows, part, view, terms, first, second);
             r += rows;
