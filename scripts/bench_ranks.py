@@ -12,15 +12,17 @@ from torch import Tensor, nn
 
 import syncnorm
 from syncnorm.cli._bench_ranks import WAYS, interleave_ranks, layers, ways
+from syncnorm.core.moments import Moments, to_sums
 from syncnorm.diagnostics._timing import Times, spread, step, tensor
-from syncnorm.distributed.agreement import begin_call, sum_agreed
+from syncnorm.distributed.exchange import exchange_moments
 from syncnorm.distributed.groups import GroupSpec, resolve
+from syncnorm.distributed.ledger import begin_call
 from syncnorm.distributed.wire import sum_row
 from syncnorm.testing import run_ranks
 
 
 def exchange_rows(arguments: argparse.Namespace) -> Iterator[Row]:
-    """One packed row by each way, checked and not, against a bare all-reduce of as many words."""
+    """Moments of all ranks by each way, checked and not, against a bare all-reduce of as many words."""
     for ranks in (2, 4):
         for channels in (64, 1024):
             times = _first(ranks, exchange_times, channels, 20 * arguments.rounds)
@@ -64,13 +66,14 @@ def _first(ranks: int, function: Callable[..., Times], *args: Any) -> Times:
 def exchange_times(channels: int, rounds: int) -> Times:
     """Seconds by case, on one rank."""
     group, site, x = resolve(GroupSpec()), syncnorm.SyncBatchNorm1d(channels), torch.randn(4, channels)
-    row = torch.randn(2 * channels + 1, dtype=torch.float64)
+    local = Moments(4.0, x.double().mean(0), x.double().var(0, correction=0) * 4)
+    row = to_sums(local)
     cases: dict[str, Callable[[], object]] = {"bare": lambda: dist.all_reduce(row.clone())}
     for way in ways():
         for check in ("off", "inline"):
 
             def run(way: str = way, check: str = check) -> None:
-                sum_agreed(row, group, begin_call(site, group, x), "forward", 1.0)
+                exchange_moments(local, group, needs_backward=True, call=begin_call(site, group, x))
 
             cases[f"{way} {check}"] = run
 

@@ -9,7 +9,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 import syncnorm
-from syncnorm.distributed import agreement
+from syncnorm.distributed import row
+from syncnorm.distributed.ledger import Call
 from syncnorm.testing import count_collectives, run_ranks
 
 Outcome = tuple[str, str, float]
@@ -171,7 +172,7 @@ def test_a_level_that_does_not_exist() -> None:
 
 def _found_out_later() -> list[str]:
     """As on an accelerator, where the words are looked at when they have arrived on the host."""
-    agreement._on_host = lambda row: False
+    row.on_host = lambda t: False
     layers = model()
     names = ["a", "b" if dist.get_rank() else "d", "d"]
     return [outcome(lambda name=name: layers[name](x()))[0] for name in names]
@@ -184,9 +185,7 @@ def test_words_that_are_not_on_the_host_are_compared_later() -> None:
 
 
 def test_the_words_of_ranks_that_agree_are_exact_for_any_number() -> None:
-    low, low_squares, high, high_squares = agreement._hashes(
-        agreement.Call("k", 1, 2**40, 2048, torch.float32), "forward", 9
-    )
+    low, low_squares, high, high_squares = Call("k", 1, 2**40, 2048, torch.float32).hashes("forward", 9)
     for ranks in (2, 3, 7, 1000, 1024, 100_000):
         assert ranks * (ranks * low_squares) == (ranks * low) ** 2
         assert ranks * (ranks * high_squares) == (ranks * high) ** 2

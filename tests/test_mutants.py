@@ -11,7 +11,7 @@ from torch import Tensor, nn
 import syncnorm
 from syncnorm.core.moments import Moments, from_sums, to_sums
 from syncnorm.core.running import RunningStatistics
-from syncnorm.distributed import exchange
+from syncnorm.distributed import row
 from syncnorm.distributed.groups import Group
 from syncnorm.functional import _batch_backward, _batch_normalize
 from syncnorm.testing import run_ranks
@@ -25,7 +25,7 @@ def _no_count_weighting() -> None:
     def equal(moments: Moments) -> Tensor:
         return to_sums(Moments(1.0, moments.mean, moments.m2 / max(float(moments.count), 1.0)))
 
-    exchange.to_sums = equal
+    _sums_of_moments(equal, from_sums)
 
 
 def _no_between_rank_term() -> None:
@@ -34,18 +34,22 @@ def _no_between_rank_term() -> None:
         total = moments.mean * moments.count
         return torch.cat([torch.tensor([moments.count], dtype=torch.float64), total, moments.m2])
 
-    def parts(row: Tensor, count: float | None = None) -> Moments:
-        zeros = from_sums(row, count)
-        return zeros._replace(m2=row[1:].view(2, -1)[1])
+    def parts(sums: Tensor, count: float | None = None) -> Moments:
+        zeros = from_sums(sums, count)
+        return zeros._replace(m2=sums[1:].view(2, -1)[1])
 
-    exchange.to_sums, exchange.from_sums = within, parts
+    _sums_of_moments(within, parts)
+
+
+def _sums_of_moments(to: Callable[..., Tensor], back: Callable[..., Moments]) -> None:
+    row.to_sums, row.from_sums, row._native = to, back, lambda t: False
 
 
 def _no_backward_exchange() -> None:
-    def local(sums: Tensor, group: Group, *_: Any) -> Tensor:
-        return sums
+    def local(sums: Tensor, count: float, *_: Any) -> Tensor:
+        return sums / count
 
-    _batch_backward.exchange_sums = local
+    _batch_backward.exchange_means = local
 
 
 def _no_forward_exchange() -> None:
@@ -72,12 +76,12 @@ def _biased_running_var() -> None:
 
 
 def _local_count_in_backward() -> None:
-    real = _batch_backward.exchange_sums
+    real = _batch_backward.exchange_means
 
-    def too_large(sums: Tensor, group: Group, *rest: Any) -> Tensor:
-        return real(sums, group, *rest) * group.size  # as if divided by this rank's share of the count
+    def too_large(sums: Tensor, count: float, group: Group, *rest: Any) -> Tensor:
+        return real(sums, count / group.size, group, *rest)  # as if divided by this rank's share of the count
 
-    _batch_backward.exchange_sums = too_large
+    _batch_backward.exchange_means = too_large
 
 
 MUTANTS = [

@@ -24,7 +24,7 @@ from syncnorm.diagnostics import (
     TrainEvalGap,
 )
 from syncnorm.diagnostics._norm_metrics import meet
-from syncnorm.distributed import agreement
+from syncnorm.distributed import observers
 from syncnorm.distributed.groups import GroupSpec, resolve
 from syncnorm.modules import EvoNormB0, SwitchableNorm2d
 from syncnorm.testing import count_collectives
@@ -281,13 +281,13 @@ def test_compiled_code_is_seen_within_a_probe_and_runs_compiled_after() -> None:
 
 def test_nothing_stays_on_the_model() -> None:
     model = norm()
-    exchange, probe = agreement._sum, NormProbe(model)
+    probe = NormProbe(model)
     seen: list[int] = []
     model.append(nn.Identity()).register_forward_hook(lambda *_: seen.append(len(model[0]._forward_hooks)))
     with pytest.raises(ValueError, match="expected 4D input"), probe:
         model(torch.zeros(3, C))
     assert not model[0]._forward_hooks and not model[0]._forward_pre_hooks
-    assert agreement._sum is exchange and probe.reading is None
+    assert not observers._observers and probe.reading is None
     with probe:
         model(data(3)[0])
         probe.close()
@@ -297,9 +297,9 @@ def test_nothing_stays_on_the_model() -> None:
     probe.__enter__()
     other.__enter__()
     probe.close()  # not the last one that began
-    assert agreement._sum is not exchange
+    assert len(observers._observers) == 1
     other.close()
-    assert agreement._sum is exchange and torch._dynamo.eval_frame._stance.stance == "default"
+    assert not observers._observers and torch._dynamo.eval_frame._stance.stance == "default"
 
 
 def test_bad_input() -> None:

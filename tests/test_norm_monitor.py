@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import syncnorm
 from syncnorm import NormMonitor
 from syncnorm.diagnostics._heat_map import heat_map
-from syncnorm.distributed import agreement
+from syncnorm.distributed import observers
 from syncnorm.lightning import _norm_monitor
 from tests.lightning_training import make_trainer
 
@@ -110,7 +110,6 @@ def gap_of(x: Tensor) -> float:
 
 def test_every_n_steps_the_batch_of_that_step_is_logged() -> None:
     model, spy, board = Net(), Spy(), Board()
-    exchange = agreement._sum
     fit(model, NormMonitor(every_n_steps=3), spy, logger=board)
     logged = [(step, values) for step, values in board.logged if values]
     assert [step for step, _ in logged] == [2, 5, 8, 11, 14]  # counted from 0, as Lightning's own
@@ -124,7 +123,7 @@ def test_every_n_steps_the_batch_of_that_step_is_logged() -> None:
     assert spy.hooks == [4 if step % 3 == 2 else 0 for step in range(16)], "two norms, before and after, at a look only"
     assert not np.isnan(spy.gaps[2:]).any() and len(set(spy.gaps[2:5])) == 1, "callback_metrics keeps the last look"
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
-    assert agreement._sum is exchange
+    assert not observers._observers
 
 
 def test_only_chosen_layers_and_their_exact_gap() -> None:
@@ -155,11 +154,11 @@ def test_micro_batches_are_looked_at_once_a_step() -> None:
 
 def test_after_an_exception_nothing_is_left() -> None:
     model = Net()
-    model.fail_at, exchange = 2, agreement._sum
+    model.fail_at = 2
     with pytest.raises(RuntimeError, match="the training step fails"):
         fit(model, NormMonitor(3))
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
-    assert agreement._sum is exchange
+    assert not observers._observers
     assert torch._dynamo.eval_frame._stance.stance == "default"
 
 

@@ -37,9 +37,9 @@ X = torch.randn(3, 2, 8, generator=torch.Generator().manual_seed(1))
 
 @pytest.fixture(params=["off", "inline"])
 def check(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    from syncnorm.distributed import agreement
+    from syncnorm.distributed import ledger
 
-    monkeypatch.setattr(agreement, "_level", request.param)
+    monkeypatch.setattr(ledger, "_level", request.param)
     return str(request.param)
 
 

@@ -15,10 +15,10 @@ from syncnorm.calibration._layers import Forward, evaluated_by, first_tensor
 from syncnorm.core.features import add_moments
 from syncnorm.core.layout import flatten
 from syncnorm.core.moments import Moments, empty_moments, merge_moments
-from syncnorm.distributed.agreement import begin_call
 from syncnorm.distributed.exchange import exchange_moments
 from syncnorm.distributed.gather import gather_rows, send_refusal
 from syncnorm.distributed.groups import LOCAL, Group
+from syncnorm.distributed.ledger import begin_call
 from syncnorm.errors import SyncNormError, SyncNormMismatch
 from syncnorm.functional._masked_batch_norm import _weights as weights_of_mask
 from syncnorm.functional._sync_batch_norm import tell_others

@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from syncnorm.distributed.agreement import check_level
 from syncnorm.distributed.collectives import is_initialized
 from syncnorm.distributed.groups import Group, GroupSpec
 from syncnorm.distributed.join import Join, Joinable, StandIn, forget_twin, twin_of
+from syncnorm.distributed.ledger import check_level
 from syncnorm.errors import SyncNormError
 from syncnorm.modules import SyncStatistics
 from syncnorm.modules._over_ranks import OverRanks

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from syncnorm.distributed.agreement import _Ledger, check_level
+from syncnorm.distributed.ledger import Ledger, check_level
 
 __all__ = ["step_cost"]
 
@@ -18,7 +18,7 @@ def step_cost(layers: Sequence[Sequence[int]]) -> list[tuple[int, int]]:
     """
     if check_level() == "off":
         return [(len(rows), 8 * (sum(rows) + 1)) for rows in layers]
-    ledger = _Ledger()
+    ledger = Ledger()
     for rows in layers:
         for words in rows:
             if not ledger.fits(words):

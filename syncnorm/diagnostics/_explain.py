@@ -13,9 +13,9 @@ from syncnorm.conversion._layers import display, find_layers, keeps_batch_statis
 from syncnorm.core.running import RunningStatistics
 from syncnorm.diagnostics._trees import call
 from syncnorm.distributed import GroupSpec, resolve
-from syncnorm.distributed.agreement import check_level
 from syncnorm.distributed.collectives import is_initialized
 from syncnorm.distributed.groups import known
+from syncnorm.distributed.ledger import check_level
 from syncnorm.distributed.wire import describe
 from syncnorm.errors import SyncNormError
 from syncnorm.functional._sync_batch_norm import _torch_serves

@@ -11,13 +11,14 @@ from contextlib import suppress
 import torch
 from torch import Tensor
 
-from syncnorm.core.moments import Moments
-from syncnorm.distributed.agreement import POISON, Call, sum_agreed
+from syncnorm.core.moments import Moments, from_sums, to_sums
+from syncnorm.distributed.agreement import POISON, meet, sum_traced
 from syncnorm.distributed.groups import Group
+from syncnorm.distributed.ledger import Call
+from syncnorm.distributed.row import LocalMoments, Sums, on_host
 from syncnorm.errors import SyncNormMismatch
-from syncnorm.kernels.vectors import from_sums, to_sums
 
-__all__ = ["exchange_moments", "exchange_row", "exchange_sums", "send_poison"]
+__all__ = ["exchange_means", "exchange_moments", "exchange_row", "exchange_sums", "send_poison"]
 
 
 def exchange_moments(local: Moments, group: Group, *, needs_backward: bool, call: Call | None = None) -> Moments:
@@ -31,25 +32,26 @@ def exchange_moments(local: Moments, group: Group, *, needs_backward: bool, call
 
     Raises:
         SyncNormMismatch: On every rank alike, if ranks are at different places, disagree on the backward to come, or one
-            refused its input; see :func:`syncnorm.distributed.agreement.sum_agreed`.
+            refused its input; see :func:`syncnorm.distributed.agreement.meet`.
     """
     if group.size == 1:
         return local
-    row, count = exchange_row(to_sums(local), group, needs_backward=needs_backward, call=call)
-    return from_sums(row, count)
+    if torch.compiler.is_compiling():
+        return from_sums(sum_traced(to_sums(local), group, "forward", float(needs_backward)))
+    moments: Moments = meet(LocalMoments(local), group, call, "forward", float(needs_backward))
+    return moments
 
 
 def exchange_row(
-    row: Tensor, group: Group, *, needs_backward: bool, call: Call | None = None, direction: str = "forward"
+    row: Tensor, group: Group, *, needs_backward: bool, call: Call | None = None
 ) -> tuple[Tensor, float | None]:
-    """Sum a row whose first word is a count over the ranks.
+    """Sum a row whose first word is a count over the ranks, in a forward.
 
     Args:
-        row: float64 ``[2C + 1]``.
+        row: float64 ``[n]``.
         group: The ranks that meet.
         needs_backward: Whether a backward exchange follows on this rank.
         call: The forward call that it belongs to.
-        direction: What the row is, in a word.
 
     Returns:
         The summed row, and its first word where the host may read it.
@@ -59,10 +61,8 @@ def exchange_row(
     """
     if group.size == 1:
         return row, None
-    row = sum_agreed(row, group, call, direction, float(needs_backward))
-    if torch.compiler.is_compiling() or row.device.type != "cpu" or type(row) is not Tensor:
-        return row, None
-    return row, float(row.numpy()[0])  # host memory: no tensor operation, and nothing to wait for
+    row = _sum(Sums(row), group, call, "forward", float(needs_backward))
+    return row, float(row.numpy()[0]) if not torch.compiler.is_compiling() and on_host(row) else None
 
 
 def exchange_sums(local: Tensor, group: Group, call: Call | None = None, direction: str = "backward") -> Tensor:
@@ -71,7 +71,22 @@ def exchange_sums(local: Tensor, group: Group, call: Call | None = None, directi
     Raises:
         SyncNormMismatch: If ranks are at different places.
     """
-    return local if group.size == 1 else sum_agreed(local.reshape(-1), group, call, direction).view(local.shape)
+    return local if group.size == 1 else _sum(Sums(local), group, call, direction)
+
+
+def exchange_means(
+    local: Tensor, count: Tensor | float, group: Group, call: Call | None = None, direction: str = "backward"
+) -> Tensor:
+    """:func:`exchange_sums`, over ``count``."""
+    return local / count if group.size == 1 else _sum(Sums(local, count), group, call, direction)
+
+
+def _sum(sums: Sums, group: Group, call: Call | None, direction: str, word: float = 0.0) -> Tensor:
+    if torch.compiler.is_compiling():
+        total = sum_traced(sums.sums.reshape(-1), group, direction, word).view(sums.sums.shape)
+        return total if sums.divisor is None else total / sums.divisor
+    met: Tensor = meet(sums, group, call, direction, word)
+    return met
 
 
 def send_poison(num_features: int, device: torch.device, group: Group, call: Call | None = None) -> None:
@@ -81,4 +96,4 @@ def send_poison(num_features: int, device: torch.device, group: Group, call: Cal
     """
     row = torch.zeros(2 * num_features + 1, dtype=torch.float64, device=device)
     with suppress(SyncNormMismatch):  # it is this rank that refused
-        sum_agreed(row, group, call, "forward", POISON)
+        meet(Sums(row), group, call, "forward", POISON)

@@ -12,9 +12,12 @@ from contextlib import suppress
 import torch
 from torch import Tensor
 
-from syncnorm.distributed.agreement import POISON, Call, sum_agreed
+from syncnorm.distributed.agreement import POISON, meet
 from syncnorm.distributed.collectives import all_gather, group_device, group_position
 from syncnorm.distributed.groups import Group
+from syncnorm.distributed.ledger import Call
+from syncnorm.distributed.observers import observed
+from syncnorm.distributed.row import Sums
 from syncnorm.errors import SyncNormMismatch
 
 __all__ = ["gather_rows", "send_refusal"]
@@ -44,7 +47,7 @@ def gather_rows(row: Tensor, group: Group, call: Call | None = None) -> Tensor:
     if group.size == 1:
         return row.unsqueeze(0)
     if not _on_host(row):
-        return all_gather(torch.cat([row, row.new_zeros(1)]), group.name, group.size)[:, :-1]
+        return _all_rows(torch.cat([row, row.new_zeros(1)]), group)[:, :-1]
     device = group_device(group.name)  # NCCL has no CPU tensors
     # float64 holds each half exactly, whatever the bits of the row mean.
     halves = row.detach().contiguous().view(torch.int32)
@@ -53,10 +56,10 @@ def gather_rows(row: Tensor, group: Group, call: Call | None = None) -> Tensor:
     if together:
         mine[group_position(group.name)] = halves
     what = f"gather of {len(row)} words"
-    total = sum_agreed(mine.flatten().to(device), group, call, what, always=True)
+    total: Tensor = meet(Sums(mine.flatten().to(device)), group, call, what, always=True)
     if together:
         return total.to(row.device, torch.int32).view(row.dtype).view(group.size, len(row))
-    return all_gather(row.to(device), group.name, group.size).to(row.device)
+    return _all_rows(row.to(device), group).to(row.device)
 
 
 def send_refusal(num_words: int, device: torch.device, group: Group, call: Call | None = None) -> None:
@@ -66,11 +69,15 @@ def send_refusal(num_words: int, device: torch.device, group: Group, call: Call 
     if device.type != "cpu":
         refusal = torch.zeros(num_words + 1, dtype=torch.float64, device=device)
         refusal[-1] = 1
-        all_gather(refusal, group.name, group.size)
+        _all_rows(refusal, group)
         return
     nothing = torch.zeros(0, dtype=torch.float64, device=group_device(group.name))
     with suppress(SyncNormMismatch):  # it is this rank that refused
-        sum_agreed(nothing, group, call, "gather", POISON, always=True)
+        meet(Sums(nothing), group, call, "gather", POISON, always=True)
+
+
+def _all_rows(row: Tensor, group: Group) -> Tensor:
+    return observed(row, all_gather, row, group.name, group.size)
 
 
 def _on_host(row: Tensor) -> bool:

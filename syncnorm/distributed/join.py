@@ -13,10 +13,11 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.algorithms.join import Join, Joinable, JoinHook
 
-from syncnorm.distributed.agreement import begin_anew, dismiss, stand_in
+from syncnorm.distributed.agreement import dismiss, stand_in
 from syncnorm.distributed.collectives import all_reduce_sum, find_group, group_device, group_position, group_ranks
 from syncnorm.distributed.gather import gather_rows
 from syncnorm.distributed.groups import Group, GroupSpec, group_spec, resolve
+from syncnorm.distributed.ledger import begin_anew
 
 __all__ = ["Join", "Joinable", "StandIn", "forget_twin", "twin_of"]
 

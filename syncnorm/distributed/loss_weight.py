@@ -3,7 +3,7 @@
 import torch
 
 from syncnorm.distributed import collectives
-from syncnorm.distributed.agreement import sum_agreed
+from syncnorm.distributed.exchange import exchange_sums
 from syncnorm.distributed.groups import group_spec, resolve
 
 __all__ = ["loss_weight"]
@@ -36,5 +36,5 @@ def loss_weight(num_local_samples: int, group: object = "world") -> float:
     if ranks.size == 1:
         return 1.0
     local = torch.tensor([float(num_local_samples)], dtype=torch.float64, device=collectives.group_device(ranks.name))
-    total = sum_agreed(local, ranks, None, "loss_weight").item()
+    total = exchange_sums(local, ranks, None, "loss_weight").item()
     return ranks.size * num_local_samples / total if total else 1.0

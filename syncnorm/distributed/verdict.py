@@ -3,11 +3,15 @@
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import torch
+from torch import Tensor
+
 from syncnorm.distributed.groups import Group
+from syncnorm.distributed.ledger import NUM_WORDS, Call, Ledger
 from syncnorm.distributed.notes import gather_notes
 from syncnorm.errors import SyncNormMismatch
 
-__all__ = ["POISON", "STAND_IN", "Answer", "check_word", "raise_places"]
+__all__ = ["POISON", "STAND_IN", "Answer", "check_word", "compare", "compare_later"]
 
 # The word of a rank beside its place: 0, 1 where it needs a backward, POISON where its input was refused, STAND_IN where it
 # has run out of data and answers without being anywhere. The sum tells them apart for up to 65,535 ranks.
@@ -43,7 +47,51 @@ class Answer(NamedTuple):
         return cls(differ, int(refused), int(with_backward), ranks, int(length) // max(ranks, 1))
 
 
-def raise_places(group: Group, place: str, more: str, word: float, exchange: int) -> None:
+def compare(
+    words: Sequence[float], group: Group, call: Call, direction: str, word: float, exchange: int, length: int
+) -> None:
+    """Raise an error where the summed words say that ranks are at different places, or disagree on ``word``."""
+    size, (total, _, low, low_squares, high, high_squares) = group.size, words
+    if total in (0.0, size) and size * low_squares == low * low and size * high_squares == high * high:
+        return  # what happens; the rest has time
+    answer, place = Answer.read(words, group), call.place(direction)
+    if answer.differ and not answer.refused:  # a refusal explains more than where the others were
+        _raise_places(group, place, call.more(length), word, exchange)
+    check_word(answer, group, word, place)
+
+
+def compare_later(words: Tensor, group: Group, place: str, ledger: Ledger) -> None:
+    """Look at words on an accelerator once they have reached the host, without making it wait."""
+    if type(words) is not Tensor or torch._C._functorch.is_functorch_wrapped_tensor(words):
+        return
+    if words.is_cuda and torch.cuda.is_current_stream_capturing():
+        return
+    event = None
+    if words.is_cuda:
+        host = torch.empty(NUM_WORDS, dtype=torch.float64, pin_memory=True)
+        host.copy_(words, non_blocking=True)
+        event = torch.cuda.Event()
+        event.record()
+    else:
+        host = words.to("cpu")
+    ledger.deferred.append((host, event, place, ledger.exchanges))
+    while ledger.deferred and (ledger.deferred[0][1] is None or ledger.deferred[0][1].query()):
+        seen, _, then, exchange = ledger.deferred.popleft()
+        answer = Answer.read(seen.tolist(), group)
+        if answer.differ:
+            raise SyncNormMismatch(
+                f"exchange #{exchange}: ranks were in different places; this rank was in {then}. All ranks must run the same "
+                "synchronised layers in the same order. Found out later, to keep the device from waiting: the steps since "
+                "then are wrong, too. With SYNCNORM_CHECK=inline on CPU every rank is named."
+            )
+        if answer.refused or answer.with_backward not in (0, answer.ranks):
+            raise SyncNormMismatch(
+                f"exchange #{exchange}, in {then}: ranks disagreed on whether a backward follows, or one of them refused its "
+                "input. Found out later, to keep the device from waiting."
+            )
+
+
+def _raise_places(group: Group, place: str, more: str, word: float, exchange: int) -> None:
     """Tell the others where this rank is, hear where they are, and raise an error that says it."""
     notes = gather_notes(group, place, word, more)
     alike = len({note.place for note in notes.values()}) == 1

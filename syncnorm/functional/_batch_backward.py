@@ -14,7 +14,7 @@ from torch.autograd import Function
 from syncnorm.core.backward import double_backward_input, double_backward_sums
 from syncnorm.core.layout import accumulate_dtype, channel_view, flatten, flatten_like, unflatten
 from syncnorm.core.moments import at_least_one
-from syncnorm.distributed.exchange import exchange_sums
+from syncnorm.distributed.exchange import exchange_means
 from syncnorm.errors import SyncNormError
 from syncnorm.functional._walk import Walk, empty_after
 from syncnorm.kernels import choose
@@ -42,7 +42,7 @@ def batch_backward(
     if not x.numel():
         zero = (grad * x).transpose(0, 1).flatten(1).sum(1, dtype=torch.float64)  # of x, too: see moments_of_none
         sums = torch.stack([zero, zero])
-        means = exchange_sums(sums, walk.group, walk.call) / at_least_one(count)
+        means = exchange_means(sums, at_least_one(count), walk.group, walk.call)
         return empty_after(means[0], x), None, sums, means
     backend, flat = choose(walk.backend, x), flatten(x)
     grad = flatten_like(grad, flat)
@@ -52,7 +52,7 @@ def batch_backward(
         if side is not None and not walk.activation.is_piecewise_linear:
             side = flatten_like(side, flat)
         sums = backend.batch_backward_reduce(grad, flat, mean, rstd, weight, bias, walk.activation, side)
-    means = exchange_sums(sums, walk.group, walk.call) / count
+    means = exchange_means(sums, count, walk.group, walk.call)
     dx = dresidual = None
     if needs_input_grad or (needs_residual and walk.activation is not None):
         dx, dresidual = backend.batch_backward_input(
@@ -113,8 +113,8 @@ class Backward(Function):
         a, b, rstd = a.to(accumulate), b.to(accumulate), rstd.to(accumulate)
         gamma = torch.ones_like(rstd) if weight is None else weight.to(accumulate)
         sums = double_backward_sums(v_flat, a, g_flat, x_hat)
-        sums = exchange_sums(sums, ctx.walk.group, ctx.walk.call, "second backward")
-        all_means = torch.cat([means, sums / at_least_one(count)]).to(accumulate)
+        more = exchange_means(sums, at_least_one(count), ctx.walk.group, ctx.walk.call, "second backward")
+        all_means = torch.cat([means, more]).to(accumulate)
         grad_g, grad_x, grad_weight = double_backward_input(
             v_flat, a, b, g_flat, x_hat, rstd, gamma, all_means
         )  # fmt: skip

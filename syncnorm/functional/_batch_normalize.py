@@ -15,8 +15,8 @@ from syncnorm.core.layout import count_per_channel, flatten, flatten_like, unfla
 from syncnorm.core.moments import Moments
 from syncnorm.core.renorm import correct_affine, renorm_correction
 from syncnorm.core.running import RunningStatistics
-from syncnorm.distributed.agreement import begin_call
 from syncnorm.distributed.exchange import exchange_moments
+from syncnorm.distributed.ledger import begin_call
 from syncnorm.errors import SyncNormError
 from syncnorm.functional._batch_backward import Backward, batch_backward
 from syncnorm.functional._checkpoint import (

@@ -16,7 +16,7 @@ from torch.autograd.graph import _engine_run_backward
 from torch.utils import checkpoint
 from torch.utils._python_dispatch import _get_current_dispatch_mode, _pop_mode_temporarily
 
-from syncnorm.distributed.agreement import Call
+from syncnorm.distributed.ledger import Call
 
 __all__ = ["is_recomputing", "is_selective", "recall_call", "remember_call", "unseen_by_selective_checkpointing"]
 

@@ -6,9 +6,9 @@ from torch import Tensor
 from syncnorm.core.layout import count_per_channel
 from syncnorm.core.moments import Moments
 from syncnorm.core.running import RunningStatistics, update_running
-from syncnorm.distributed.agreement import Call, begin_call
 from syncnorm.distributed.exchange import exchange_row
 from syncnorm.distributed.groups import LOCAL, Group
+from syncnorm.distributed.ledger import Call, begin_call
 from syncnorm.functional._batch_normalize import batch_normalize_and_moments
 from syncnorm.functional._checkpoint import is_recomputing
 from syncnorm.functional._sync_batch_norm import enter, evaluate, needs_grad, tell_others, validate

@@ -16,8 +16,8 @@ from syncnorm.core.layout import flatten, flatten_like, unflatten
 from syncnorm.core.moments import Moments, at_least_one
 from syncnorm.core.moving_average import MovingAverages, average, keep, moved, renorm_scales
 from syncnorm.core.running import RunningStatistics, update_running
-from syncnorm.distributed.agreement import begin_call
-from syncnorm.distributed.exchange import exchange_moments, exchange_sums
+from syncnorm.distributed.exchange import exchange_means, exchange_moments
+from syncnorm.distributed.ledger import begin_call
 from syncnorm.errors import SyncNormError
 from syncnorm.functional._checkpoint import (
     is_recomputing,
@@ -225,7 +225,7 @@ class _Gradient(Function):
             # Of x, too: see moments_of_none.
             dbias = products = (grad * x).transpose(0, 1).flatten(1).sum(1, dtype=torch.float64)
         scale = r if weight is None else r * weight
-        slope = scale * exchange_sums(products, walk.group, walk.call) / at_least_one(count)
+        slope = scale * exchange_means(products, at_least_one(count), walk.group, walk.call)
         later = moved(window, slope)
         over_batches = average(later)
         if state.running.tracked:

@@ -8,9 +8,9 @@ from torch import Tensor
 from syncnorm.core.features import add_moments, feature_moments
 from syncnorm.core.moments import Moments, merge_moments
 from syncnorm.core.traced import not_recomputed
-from syncnorm.distributed.agreement import begin_call
 from syncnorm.distributed.gather import gather_rows, send_refusal
 from syncnorm.distributed.groups import Group, group_spec, resolve
+from syncnorm.distributed.ledger import begin_call
 from syncnorm.functional._standardize import check_features, standardize
 
 __all__ = ["merge_running_moments", "running_norm", "running_std", "update_running_moments"]

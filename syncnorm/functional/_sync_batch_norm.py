@@ -10,9 +10,9 @@ from torch.nn import functional
 from syncnorm.core.activation import Activation, find_activation
 from syncnorm.core.layout import flatten, flatten_like, unflatten
 from syncnorm.core.running import RunningStatistics
-from syncnorm.distributed.agreement import begin_call
 from syncnorm.distributed.exchange import send_poison
 from syncnorm.distributed.groups import Group, group_spec, resolve
+from syncnorm.distributed.ledger import begin_call
 from syncnorm.functional._batch_normalize import batch_normalize
 from syncnorm.functional._checkpoint import is_recomputing, unseen_by_selective_checkpointing
 from syncnorm.functional._fused import check_invertible, check_residual, follow

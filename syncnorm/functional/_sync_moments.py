@@ -15,9 +15,9 @@ from torch.autograd import Function
 from syncnorm.core.layout import accumulate_dtype, count_per_channel, flatten
 from syncnorm.core.moments import Moments, at_least_one
 from syncnorm.core.running import RunningStatistics, update_running
-from syncnorm.distributed.agreement import Call, begin_call
 from syncnorm.distributed.exchange import exchange_moments, exchange_sums
 from syncnorm.distributed.groups import LOCAL, Group
+from syncnorm.distributed.ledger import Call, begin_call
 from syncnorm.functional._checkpoint import (
     is_recomputing,
     recall_call,

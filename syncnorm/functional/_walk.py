@@ -9,8 +9,8 @@ from torch.autograd import Function
 from syncnorm.core.activation import Activation
 from syncnorm.core.moments import Moments
 from syncnorm.core.renorm import RenormLimits
-from syncnorm.distributed.agreement import Call
 from syncnorm.distributed.groups import Group
+from syncnorm.distributed.ledger import Call
 
 __all__ = ["Walk", "apply_function", "empty_after", "moments_of_none"]
 

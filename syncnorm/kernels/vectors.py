@@ -10,29 +10,12 @@ caches are full of data, cost as much as a pass over it (C = 1024, 7x7: 81 of 96
 import torch
 from torch import Tensor
 
-from syncnorm.core import moments as core_moments
 from syncnorm.core import running as core_running
 from syncnorm.core.moments import Moments
 from syncnorm.core.running import RunningStatistics
 from syncnorm.kernels import native
 
-__all__ = ["from_sums", "inverse_std", "to_sums", "update_running"]
-
-
-def to_sums(moments: Moments) -> Tensor:
-    """:func:`syncnorm.core.moments.to_sums`."""
-    if not _serves(moments.count, moments.mean, moments.m2):
-        return core_moments.to_sums(moments)
-    row: Tensor = torch.ops.syncnorm.to_sums.default(moments.mean, moments.m2, moments.count)
-    return row
-
-
-def from_sums(row: Tensor, count: float | None = None) -> Moments:
-    """:func:`syncnorm.core.moments.from_sums`."""
-    if not _serves(count, row):
-        return core_moments.from_sums(row, count)
-    assert count is not None
-    return Moments(count, *torch.ops.syncnorm.from_sums.default(row))
+__all__ = ["inverse_std", "update_running"]
 
 
 def inverse_std(moments: Moments, eps: float) -> Tensor:

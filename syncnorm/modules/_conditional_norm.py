@@ -5,8 +5,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from syncnorm.distributed.agreement import begin_call
 from syncnorm.distributed.exchange import send_poison
+from syncnorm.distributed.ledger import begin_call
 from syncnorm.functional._conditional_norm import conditional_affine
 from syncnorm.modules._statistics import SyncStatistics
 

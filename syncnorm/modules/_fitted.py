@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 from typing_extensions import Self
 
-from syncnorm.distributed.agreement import begin_call
 from syncnorm.distributed.gather import gather_rows, send_refusal
+from syncnorm.distributed.ledger import begin_call
 from syncnorm.errors import SyncNormError
 from syncnorm.functional._standardize import check_features
 from syncnorm.modules._over_ranks import OverRanks

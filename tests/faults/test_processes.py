@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 import syncnorm
-from syncnorm.distributed import agreement
+from syncnorm.distributed import ledger
 from syncnorm.modules import _statistics
 from syncnorm.testing import inject, run_ranks
 from tests.faults.network import Outcome, batch, network, outcome, two_losses
@@ -204,7 +204,7 @@ def _versions(change: Callable[[], None] | None, level: str) -> Outcome:
 
 
 def _another_version() -> None:
-    agreement.__version__ = "9.9.9"
+    ledger.__version__ = "9.9.9"
 
 
 def test_another_version_or_setting_is_named_where_all_else_is_alike() -> None:

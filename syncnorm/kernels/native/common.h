@@ -149,6 +149,13 @@ template <typename A, typename Function> inline vec_t<A> lanewise(vec_t<A> v, Fu
   return read<vec_t<A>>(lanes);
 }
 
+// ---- What is float64 and dense already: moments, sums, rows. ----
+
+inline const double* doubles(const Tensor& t) {
+  TORCH_CHECK(t.scalar_type() == at::kDouble && t.is_contiguous(), "expected dense float64");
+  return t.const_data_ptr<double>();
+}
+
 // ---- Parameters: [C] vectors of any floating dtype, which may be missing. ----
 
 inline std::vector<double> values_of(const OptTensor& vector, int64_t size, double missing) {

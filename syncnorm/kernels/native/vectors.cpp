@@ -6,39 +6,6 @@
 namespace syncnorm {
 namespace {
 
-// float64 [C], dense.
-const double* doubles(const Tensor& t) {
-  TORCH_CHECK(t.scalar_type() == at::kDouble && t.is_contiguous(), "expected a dense vector of float64");
-  return t.const_data_ptr<double>();
-}
-
-Tensor to_sums(const Tensor& mean, const Tensor& m2, double count) {
-  const int64_t C = mean.numel();
-  const double *mp = doubles(mean), *qp = doubles(m2);
-  Tensor row = at::empty({2 * C + 1}, mean.options());
-  double *out = row.data_ptr<double>(), *total = out + 1, *squares = total + C;
-  *out = count;
-  for (int64_t c = 0; c < C; ++c) {
-    total[c] = mp[c] * count;
-    squares[c] = qp[c] + total[c] * mp[c];
-  }
-  return row;
-}
-
-std::tuple<Tensor, Tensor> from_sums(const Tensor& row) {
-  const int64_t C = row.numel() / 2;
-  const double* in = doubles(row);
-  const double *total = in + 1, *squares = total + C, count = std::max(*in, 1.0);
-  Tensor mean = at::empty({C}, row.options()), m2 = at::empty({C}, row.options());
-  double *mp = mean.data_ptr<double>(), *qp = m2.data_ptr<double>();
-  for (int64_t c = 0; c < C; ++c) {
-    mp[c] = total[c] / count;
-    const double squared = squares[c] - total[c] * mp[c];
-    qp[c] = squared < 0 ? 0 : squared;  // NaN stays NaN
-  }
-  return {mean, m2};
-}
-
 Tensor inverse_std(const Tensor& m2, double count, double eps) {
   const int64_t C = m2.numel();
   const double *qp = doubles(m2), divisor = std::max(count, 1.0);
@@ -93,8 +60,6 @@ void update_running(
 }  // namespace
 
 TORCH_LIBRARY_FRAGMENT(syncnorm, m) {
-  m.def("to_sums(Tensor mean, Tensor m2, float count) -> Tensor");
-  m.def("from_sums(Tensor row) -> (Tensor, Tensor)");
   m.def("inverse_std(Tensor m2, float count, float eps) -> Tensor");
   m.def(
       "update_running(Tensor mean, Tensor m2, float count, Tensor(a!) running_mean, Tensor(b!) running_var, "
@@ -102,8 +67,6 @@ TORCH_LIBRARY_FRAGMENT(syncnorm, m) {
 }
 
 TORCH_LIBRARY_IMPL(syncnorm, CPU, m) {
-  m.impl("to_sums", to_sums);
-  m.impl("from_sums", from_sums);
   m.impl("inverse_std", inverse_std);
   m.impl("update_running", update_running);
 }
