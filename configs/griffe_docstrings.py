@@ -19,7 +19,7 @@ class Roles(griffe.Extension):
     def on_object(self, *, obj: griffe.Object, **_: Any) -> None:
         if not obj.docstring and obj.is_class and "__doc__" in obj.members:
             made = getattr(importlib.import_module(obj.module.path), obj.name)
-            obj.docstring = griffe.Docstring(inspect.cleandoc(made.__doc__), parent=obj)
+            obj.docstring = griffe.Docstring(inspect.cleandoc(made.__doc__), parent=obj, parser=griffe.Parser.google)
         if obj.docstring:
             text = _ROLE.sub(r"`\1`", obj.docstring.value)
             # griffe knows the plural

@@ -35,6 +35,9 @@ def test_the_pages_build_without_a_warning(tmp_path: Path) -> None:
         # A function in a module of its own name is hidden by that in the list of its package.
         missing = {n for n in public if not {f"syncnorm.{package}.{n}", f"syncnorm.{package}.{n}.{n}"} & shown}
         assert not missing, f"{package}: {missing}"
+    # A docstring that was not parsed keeps its sections as text, run together.
+    raw = [page.name for page in (tmp_path / "api").glob("*.html") if "<p>Args:" in page.read_text()]
+    assert not raw
     text = (tmp_path / "command_line.html").read_text()
     missing = [word for word in ("convert_ckpt", "advise", "num_batches") if word not in text]
     assert not missing
