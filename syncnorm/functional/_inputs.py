@@ -52,6 +52,8 @@ def same_dtype(input: Tensor, *vectors: Tensor | None) -> bool:
 
 def with_layout_of(input: Tensor, output: Tensor) -> Tensor:
     """``output`` with its channels innermost in memory if, and only if, those of ``input`` [N, C, *] are."""
+    if output.stride() == input.stride():
+        return output
     if channels_are_inner(input):
         return output.movedim(1, -1).contiguous().movedim(-1, 1)
     return output.contiguous() if input.is_contiguous() else output

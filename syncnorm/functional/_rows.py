@@ -14,6 +14,7 @@ from torch.autograd import Function
 
 from syncnorm.core.activation import Activation
 from syncnorm.functional._inputs import channels_are_inner
+from syncnorm.functional._walk import apply_function
 from syncnorm.kernels import reference_rows
 from syncnorm.kernels.rows import ROW_BACKENDS, RowBackend, choose_rows
 
@@ -43,7 +44,7 @@ def row_norm(
     if _records_itself(kernel, x, centre):
         y, h, *_ = kernel.row_norm_forward(x, weight, bias, eps, centre, residual, part)
     elif torch.is_grad_enabled() and _any_requires_grad(x, weight, bias, residual):
-        y, h = _RowNorm.apply(x, weight, bias, residual, eps, centre, part, kernel)  # type: ignore[no-untyped-call]
+        y, h = _apply(_RowNorm, x, weight, bias, residual, eps, centre, part, kernel)
     else:
         second = None if residual is None else _rows(residual)
         y, h, *_ = kernel.row_norm_forward(_rows(x), weight, bias, eps, centre, second, part)
@@ -68,7 +69,7 @@ def group_norm_of(
         flat = _flat(x) if kernel is _REFERENCE else x
         return kernel.group_norm_forward(flat, num_groups, weight, bias, eps, activation)[0].reshape(x.shape)
     if torch.is_grad_enabled() and _any_requires_grad(x, weight, bias):
-        return _GroupNorm.apply(x, weight, bias, num_groups, eps, activation, kernel)  # type: ignore[no-untyped-call, no-any-return]
+        return _apply(_GroupNorm, x, weight, bias, num_groups, eps, activation, kernel)  # type: ignore[no-any-return]
     return kernel.group_norm_forward(_flat(x), num_groups, weight, bias, eps, activation)[0].view(x.shape)
 
 
@@ -82,6 +83,12 @@ def _records_itself(kernel: RowBackend, x: Tensor, lean: bool) -> bool:
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         return True
     return kernel is _ATEN and (lean or x.device.type != "cpu" or not x.numel())
+
+
+def _apply(function: type[Function], *arguments: Any) -> Any:
+    if torch.compiler.is_compiling():
+        return function.apply(*arguments)  # type: ignore[no-untyped-call]
+    return apply_function(function, *arguments)
 
 
 def _any_requires_grad(*tensors: Tensor | None) -> bool:

@@ -158,14 +158,14 @@ inline const double* doubles(const Tensor& t) {
 
 // ---- Parameters: [C] vectors of any floating dtype, which may be missing. ----
 
-inline std::vector<double> values_of(const OptTensor& vector, int64_t size, double missing) {
-  std::vector<double> values(size, missing);
+template <typename V = double> std::vector<V> values_of(const OptTensor& vector, int64_t size, double missing) {
+  std::vector<V> values(size, static_cast<V>(missing));
   if (vector && vector->defined()) {
     TORCH_CHECK(vector->numel() == size, "expected a parameter of ", size, " entries, got ", vector->numel());
     const Tensor dense = vector->contiguous();
     AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, dense.scalar_type(), "syncnorm::values_of", [&] {
       const scalar_t* data = dense.const_data_ptr<scalar_t>();
-      for (int64_t i = 0; i < size; ++i) values[i] = static_cast<double>(data[i]);
+      for (int64_t i = 0; i < size; ++i) values[i] = static_cast<V>(data[i]);
     });
   }
   return values;

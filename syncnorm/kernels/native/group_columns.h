@@ -111,6 +111,7 @@ template <Shape kShape, typename T> void forward_sample(const Arguments<T>& f, c
   for (int64_t c = 0; c < s.C; c += s.D) std::fill_n(centre + c, s.D, static_cast<A>(middle[c]));
   for (int pass = 0; pass < 2; ++pass) {
     sum_columns<2>(s, origin, work, [&](int64_t at, const vec_t<A>* parameters, auto part, vec_t<A>* out) {
+      Claim<T>{f.out, s.stream}(at);
       out[0] = part.keep(part.load(f.x + at) - parameters[0]);
       out[1] = out[0] * out[0];
     });
@@ -165,6 +166,7 @@ void backward_sample(
     }
   }
   sum_columns<3>(s, origin, work, [&](int64_t at, const vec_t<A>* parameters, auto part, vec_t<A>* out) {
+    Claim<T>{f.out, s.stream}(at);
     const vec_t<A> d = part.keep(part.load(f.x + at) - parameters[0]);
     out[0] = f.activation.template backward<kShape>(part.load(f.grad + at), d * parameters[1] + parameters[2]);
     out[1] = out[0] * d;

@@ -6,7 +6,7 @@
 
 namespace syncnorm {
 
-template <Shape kShape, typename T> void normalize_run(
+template <Shape kShape, typename T> [[gnu::always_inline]] inline void normalize_run(
     const Arguments<T>& f, const T* x, T* y, int64_t n, Affine<acc_t<T>> a, bool stream, int64_t ahead) {
   const auto mean = splat(a.mean), scale = splat(a.scale), offset = splat(a.offset);
   columns(0, n, [&](int64_t i, auto part) {
@@ -19,7 +19,7 @@ template <Shape kShape, typename T> void forward_run(const Arguments<T>& f, cons
   using A = acc_t<T>;
   const int64_t size = s.D * s.S, o = group * size, first = group % s.G * s.D;
   double mean, var;
-  moments_of(f.x + o, size, mean, var);
+  moments_of(f.x + o, size, mean, var, {f.out + o, s.stream});
   const auto statistics = statistics_of<A>(mean, var, f.eps);
   for (int64_t c = 0; c < s.D; ++c) {
     const auto affine = affine_of(statistics, f.weight[first + c], f.bias[first + c]);
@@ -57,15 +57,16 @@ template <typename A> struct Waiting {
 };
 
 // Adds up a run of channel c.
-template <Shape kShape, typename T> void reduce_run(
+template <Shape kShape, typename T> [[gnu::always_inline]] inline void reduce_run(
     const Arguments<T>& f, const T* grad, const T* x, int64_t n, Affine<acc_t<T>> a, Waiting<acc_t<T>>& waiting,
-    const Shares& shares, int64_t c) {
+    const Shares& shares, int64_t c, Claim<T> claim) {
   using A = acc_t<T>;
   const auto mean = splat(a.mean), scale = splat(a.scale), offset = splat(a.offset);
   for (int64_t start = 0; start < n; start += kRun) {
     const int64_t stop = std::min(n, start + kRun);
     vec_t<A> g[2] = {}, gd[2] = {}, d[2] = {};
     auto step = [&](int64_t i, auto part, int64_t k) {
+      claim(i);
       const vec_t<A> v = part.keep(part.load(x + i) - mean);
       const vec_t<A> slope = f.activation.template backward<kShape>(part.load(grad + i), v * scale + offset);
       g[k] += slope, gd[k] += slope * v, d[k] += v;
@@ -84,7 +85,7 @@ template <Shape kShape, typename T> void reduce_run(
   }
 }
 
-template <Shape kShape, typename T> void backward_run(
+template <Shape kShape, typename T> [[gnu::always_inline]] inline void backward_run(
     const Arguments<T>& f, const T* grad, const T* x, T* dx, int64_t n, Affine<acc_t<T>> a, Gradient<acc_t<T>> b, bool stream, int64_t ahead) {
   const auto mean = splat(a.mean), scale = splat(a.scale), offset = splat(a.offset);
   const auto b_scale = splat(b.scale), b_slope = splat(b.slope), b_offset = splat(b.offset);
@@ -105,7 +106,8 @@ template <Shape kShape, typename T> void backward_group(const Arguments<T>& f, c
   Waiting<A> waiting;
   for (int64_t c = 0; c < s.D; ++c) {
     const auto affine = affine_of(statistics, weight[c], bias[c]);
-    reduce_run<kShape>(f, f.grad + o + c * s.S, f.x + o + c * s.S, s.S, affine, waiting, shares, c);
+    const int64_t at = o + c * s.S;
+    reduce_run<kShape>(f, f.grad + at, f.x + at, s.S, affine, waiting, shares, c, {f.out + at, s.stream});
     if (waiting.count == kLanes || c + 1 == s.D) waiting.settle(shares, c + 1);
   }
   const auto slopes = slopes_of(s, shares, weight, waiting.d, statistics.rstd);

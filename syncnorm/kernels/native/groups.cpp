@@ -3,8 +3,6 @@
 //
 // Sums over the samples are added in their order, so gradients of the parameters do not depend on the number of threads.
 
-#include <ATen/ops/full.h>
-
 #include "group_columns.h"
 #include "group_runs.h"
 
@@ -93,12 +91,19 @@ template <typename F> void with_shape(Shape shape, F f) {
       shape == Shape::kSmooth, shape == Shape::kPiecewise);
 }
 
-// A parameter per channel in the dtype of the arithmetic, each entry `repeat` times.
-Tensor spread(const OptTensor& parameter, int64_t C, int64_t repeat, at::TensorOptions options, double missing) {
-  Tensor narrow = widened(parameter, C, options.dtype().toScalarType());
-  if (!narrow.defined()) return at::full({C * repeat}, missing, options);
-  return repeat == 1 ? narrow : narrow.unsqueeze(1).expand({C, repeat}).contiguous();
-}
+// Weight and bias in the dtype of the arithmetic, per channel; in small spaces per element.
+template <typename A> struct Parameters {
+  std::vector<A> weight, bias;
+  Parameters(const Groups& s, const OptTensor& weight, const OptTensor& bias, int64_t repeat)
+      : weight(spread(values_of<A>(weight, s.C, 1), repeat)), bias(spread(values_of<A>(bias, s.C, 0), repeat)) {}
+  static std::vector<A> spread(std::vector<A> values, int64_t repeat) {
+    if (repeat == 1) return values;
+    std::vector<A> spread;
+    spread.reserve(values.size() * repeat);
+    for (const A value : values) spread.insert(spread.end(), repeat, value);
+    return spread;
+  }
+};
 
 std::tuple<Tensor, Tensor, Tensor> group_norm_forward(
     const Tensor& x, int64_t num_groups, const OptTensor& weight, const OptTensor& bias, double eps, int64_t activation,
@@ -107,13 +112,13 @@ std::tuple<Tensor, Tensor, Tensor> group_norm_forward(
   const Activation act(activation, slope);
   const auto accumulate = x.options().dtype(accumulate_type(x));
   const bool small = !s.inner && s.S < kSmallSpace;
-  const Tensor w = spread(weight, s.C, small ? s.S : 1, accumulate, 1), b = spread(bias, s.C, small ? s.S : 1, accumulate, 0);
   Tensor y = at::empty_like(x), mean = at::empty({s.N, s.G}, accumulate), rstd = at::empty_like(mean);
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, x.scalar_type(), "syncnorm::group_norm_forward", [&] {
     using A = acc_t<scalar_t>;
+    const Parameters<A> parameters(s, weight, bias, small ? s.S : 1);
     const Arguments<scalar_t> f{
         nullptr, x.const_data_ptr<scalar_t>(), y.data_ptr<scalar_t>(), mean.data_ptr<A>(), rstd.data_ptr<A>(),
-        data_of<A>(w), data_of<A>(b), eps, Activated<A>(act)};
+        parameters.weight.data(), parameters.bias.data(), eps, Activated<A>(act)};
     with_shape(act.shape(), [&](auto shape) {
       if (s.inner) {
         each_sample<A>(s, [&](int64_t n, auto& work) { forward_sample<shape>(f, s, n, work); });
@@ -138,14 +143,14 @@ std::tuple<Tensor, Tensor, Tensor> group_norm_backward(
       "grad must be laid out like x");
   const Activation act(activation, slope);
   const bool small = !s.inner && s.S < kSmallSpace;
-  const Tensor w = spread(weight, s.C, small ? s.S : 1, mean.options(), 1), b = spread(bias, s.C, small ? s.S : 1, mean.options(), 0);
   Tensor dx = at::empty_like(x), dweight = at::empty({s.C}, mean.options()), dbias = at::empty_like(dweight);
   std::vector<double> total(2 * s.C, 0.0);  // dbias and dweight
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, x.scalar_type(), "syncnorm::group_norm_backward", [&] {
     using A = acc_t<scalar_t>;
+    const Parameters<A> parameters(s, weight, bias, small ? s.S : 1);
     const Arguments<scalar_t> f{
         grad.const_data_ptr<scalar_t>(), x.const_data_ptr<scalar_t>(), dx.data_ptr<scalar_t>(), mean.data_ptr<A>(),
-        rstd.data_ptr<A>(), data_of<A>(w), data_of<A>(b), 0, Activated<A>(act)};
+        rstd.data_ptr<A>(), parameters.weight.data(), parameters.bias.data(), 0, Activated<A>(act)};
     with_shape(act.shape(), [&](auto shape) {
       if (small) {
         backward_small<shape>(f, s, total);

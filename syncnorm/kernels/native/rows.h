@@ -29,8 +29,15 @@ inline void prefetch(const void* p) { __builtin_prefetch(p); }
 
 struct Sums { double first = 0, second = 0; };
 
+// Asks for the lines of results while sums are formed, a few at a time: later, writing would wait for them.
+template <typename T> struct Claim {
+  T* out;
+  bool stream;
+  void operator()(int64_t i) const { if (!stream) __builtin_prefetch(out + i, 1); }
+};
+
 // Σ(x - pivot) and Σ(x - pivot)² of a run; with a pivot of 0 the first is not formed.
-template <bool kCentre, typename T> Sums sums_of(const T* x, int64_t n, acc_t<T> pivot) {
+template <bool kCentre, typename T> Sums sums_of(const T* x, int64_t n, acc_t<T> pivot, Claim<T> claim) {
   using A = acc_t<T>;
   const vec_t<A> p = splat(pivot);
   Sums sums;
@@ -41,6 +48,7 @@ template <bool kCentre, typename T> Sums sums_of(const T* x, int64_t n, acc_t<T>
     for (; i + 4 * kLanes <= stop; i += 4 * kLanes) {
 #pragma GCC unroll 4
       for (int64_t k = 0; k < 4; ++k) {
+        claim(i + k * kLanes);
         const vec_t<A> d = kCentre ? load(x + i + k * kLanes) - p : load(x + i + k * kLanes);
         if (kCentre) first[k] += d;
         second[k] += d * d;
@@ -58,12 +66,12 @@ template <bool kCentre, typename T> Sums sums_of(const T* x, int64_t n, acc_t<T>
 }
 
 // Mean and variance in one pass about a pivot; in a second one about the mean, if the pivot was far from it.
-template <typename T> void moments_of(const T* x, int64_t n, double& mean, double& var) {
+template <typename T> void moments_of(const T* x, int64_t n, double& mean, double& var, Claim<T> claim) {
   using A = acc_t<T>;
   A pivot = static_cast<A>(x[n / 2]);
   const double share = 1.0 / n;
   for (int pass = 0; pass < 2; ++pass) {
-    const Sums s = sums_of<true, T>(x, n, pivot);
+    const Sums s = sums_of<true, T>(x, n, pivot, claim);
     const double shift = s.first * share;
     mean = static_cast<double>(pivot) + shift;
     var = std::max(0.0, s.second * share - shift * shift);
@@ -144,9 +152,9 @@ void forward_rows(const ForwardRows<T>& f, int64_t begin, int64_t end) {
     }
     double mean = 0, var;
     if (kCentre) {
-      moments_of(x, f.D, mean, var);
+      moments_of(x, f.D, mean, var, {f.y + o, f.stream});
     } else {
-      var = sums_of<false, T>(x, f.part, 0).second / f.part;
+      var = sums_of<false, T>(x, f.part, 0, {f.y + o, f.stream}).second / f.part;
     }
     const double rstd = 1 / std::sqrt(var + f.eps);
     const A centre = static_cast<A>(mean);
@@ -180,11 +188,13 @@ template <bool kCentre, bool kWeight, Shape kShape, typename T> Row<acc_t<T>> re
   const A mean = kCentre ? f.mean[r * f.step] : A(0);
   const vec_t<A> scale = splat(f.rstd[r * f.step]);
   const vec_t<A> m = splat(mean);
+  const Claim<T> claim{f.dx + r * f.stride, f.stream};
   double u = 0, ud = 0, d = 0;
   for (int64_t start = 0; start < f.D; start += kRun) {
     const int64_t stop = std::min(f.D, start + kRun);
     vec_t<A> us[2] = {}, uds[2] = {}, ds[2] = {};
     auto step = [&](int64_t i, auto part, int64_t k) {
+      claim(i);
       const vec_t<A> w = kWeight ? part.load(f.weight + i) : vec_t<A>{};
       vec_t<A> v = part.load(h + i), g = part.load(grad + i);
       if (kCentre) v = part.keep(v - m);
