@@ -11,6 +11,8 @@ namespace syncnorm {
 // Rows of a channels-innermost sample that are added up in float32 before double takes over.
 constexpr int64_t kTerms = 64;
 
+constexpr size_t kPageBytes = 4096;
+
 // Vectors of entries per channel, each padded to whole vectors of lanes.
 template <typename A> struct Table {
   int64_t width;
@@ -38,19 +40,22 @@ template <typename A> struct Workspace {
   explicit Workspace(const Groups& s) : vectors(6, s.C), sums(3 * Ranges(s).count, s.C), mean(s.G), var(s.G) {}
 };
 
-// For rows [begin, end) of a sample: state = before(column, part) once for a few rows, step(state, element, part) for each of
-// them, after(state, column).
-template <typename Before, typename Step, typename After>
+// For rows [begin, end) of a sample: state = before(column, part) once for a few rows, step(state, element, turn, part) for each
+// of them, after(state, column). `turn` counts through the same elements in the order in which to ask for lines ahead: as they lie
+// in memory, which the processor's own prefetching takes up. Several rows at once it follows if each has pages to itself.
+template <typename T, typename Before, typename Step, typename After>
 inline void visit_rows(int64_t C, int64_t origin, int64_t begin, int64_t end, Before before, Step step, After after) {
+  const bool pages = C * sizeof(T) >= kPageBytes;
+  const int64_t by_column = pages ? 1 : kTogether, by_row = pages ? C : kLanes;
   for (int64_t r = begin; r < end; r += kTogether) {
     const int64_t at = origin + r * C, rows = std::min(kTogether, end - r);
     columns(0, C, [&](int64_t i, auto part) {
       auto state = before(i, part);
       if (rows == kTogether) {
 #pragma GCC unroll 4
-        for (int64_t k = 0; k < kTogether; ++k) step(state, at + k * C + i, part);
+        for (int64_t k = 0; k < kTogether; ++k) step(state, at + k * C + i, at + i * by_column + k * by_row, part);
       } else {
-        for (int64_t k = 0; k < rows; ++k) step(state, at + k * C + i, part);
+        for (int64_t k = 0; k < rows; ++k) step(state, at + k * C + i, at + k * C + i, part);
       }
       after(state, i);
     });
@@ -61,13 +66,14 @@ template <typename A, int K> struct Totals { vec_t<A> parameters[3], sum[K]; };
 
 // Adds up K terms of each element of the sample that begins at `origin`, per channel, into the first K rows of `sums`.
 // terms(element, parameters, part, out) sets them; the parameters are those of the first three vectors.
-template <int K, typename A, typename Terms>
-void sum_columns(const Groups& s, int64_t origin, Workspace<A>& work, Terms terms) {
+template <int K, typename T, typename Terms>
+void sum_columns(const Groups& s, int64_t origin, Workspace<acc_t<T>>& work, Claim<T> claim, Terms terms) {
+  using A = acc_t<T>;
   const Ranges ranges(s);
   ranges.each([&](int64_t range, int64_t begin, int64_t end) {
     Table<A> block(K, s.C);
     for (int64_t start = begin; start < end; start += kTerms) {
-      visit_rows(
+      visit_rows<T>(
           s.C, origin, start, std::min(end, start + kTerms),
           [&](int64_t i, auto) {
             Totals<A, K> totals;
@@ -75,8 +81,9 @@ void sum_columns(const Groups& s, int64_t origin, Workspace<A>& work, Terms term
             for (int k = 0; k < K; ++k) totals.sum[k] = load(block[k] + i);
             return totals;
           },
-          [&](auto& totals, int64_t at, auto part) {
+          [&](auto& totals, int64_t at, int64_t turn, auto part) {
             vec_t<A> out[K];
+            claim(turn);
             terms(at, totals.parameters, part, out);
             for (int k = 0; k < K; ++k) totals.sum[k] += out[k];
           },
@@ -110,8 +117,7 @@ template <Shape kShape, typename T> void forward_sample(const Arguments<T>& f, c
   const T* middle = f.x + origin + s.S / 2 * s.C;
   for (int64_t c = 0; c < s.C; c += s.D) std::fill_n(centre + c, s.D, static_cast<A>(middle[c]));
   for (int pass = 0; pass < 2; ++pass) {
-    sum_columns<2>(s, origin, work, [&](int64_t at, const vec_t<A>* parameters, auto part, vec_t<A>* out) {
-      Claim<T>{f.out, s.stream}(at);
+    sum_columns<2>(s, origin, work, Claim<T>{f.out, s.stream}, [&](int64_t at, const vec_t<A>* parameters, auto part, vec_t<A>* out) {
       out[0] = part.keep(part.load(f.x + at) - parameters[0]);
       out[1] = out[0] * out[0];
     });
@@ -138,11 +144,11 @@ template <Shape kShape, typename T> void forward_sample(const Arguments<T>& f, c
     }
   }
   Ranges(s).each([&](int64_t, int64_t begin, int64_t end) {
-    visit_rows(
+    visit_rows<T>(
         s.C, origin, begin, end,
         [&](int64_t i, auto) { return std::tuple(load(centre + i), load(scale + i), load(offset + i)); },
-        [&](const auto& v, int64_t at, auto part) {
-          prefetch(f.x + at + s.S * s.C);
+        [&](const auto& v, int64_t at, int64_t turn, auto part) {
+          prefetch(f.x + turn + s.S * s.C);
           const auto pre = (part.load(f.x + at) - std::get<0>(v)) * std::get<1>(v) + std::get<2>(v);
           part.store(f.out + at, f.activation.template apply<kShape>(pre), s.stream);
         },
@@ -165,8 +171,7 @@ void backward_sample(
       vectors[0][c] = affine.mean, vectors[1][c] = affine.scale, vectors[2][c] = affine.offset;
     }
   }
-  sum_columns<3>(s, origin, work, [&](int64_t at, const vec_t<A>* parameters, auto part, vec_t<A>* out) {
-    Claim<T>{f.out, s.stream}(at);
+  sum_columns<3>(s, origin, work, Claim<T>{f.out, s.stream}, [&](int64_t at, const vec_t<A>* parameters, auto part, vec_t<A>* out) {
     const vec_t<A> d = part.keep(part.load(f.x + at) - parameters[0]);
     out[0] = f.activation.template backward<kShape>(part.load(f.grad + at), d * parameters[1] + parameters[2]);
     out[1] = out[0] * d;
@@ -185,16 +190,16 @@ void backward_sample(
     }
   }
   Ranges(s).each([&](int64_t, int64_t begin, int64_t end) {
-    visit_rows(
+    visit_rows<T>(
         s.C, origin, begin, end,
         [&](int64_t i, auto) {
           std::array<vec_t<A>, 6> v;
           for (int64_t k = 0; k < 6; ++k) v[k] = load(vectors[k] + i);
           return v;
         },
-        [&](const auto& v, int64_t at, auto part) {
-          prefetch(f.x + at + s.S * s.C);
-          prefetch(f.grad + at + s.S * s.C);
+        [&](const auto& v, int64_t at, int64_t turn, auto part) {
+          prefetch(f.x + turn + s.S * s.C);
+          prefetch(f.grad + turn + s.S * s.C);
           const vec_t<A> d = part.load(f.x + at) - v[0];
           const vec_t<A> g = f.activation.template backward<kShape>(part.load(f.grad + at), d * v[1] + v[2]);
           part.store(f.out + at, g * v[3] + (d * v[4] + v[5]), s.stream);
