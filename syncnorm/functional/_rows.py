@@ -69,7 +69,7 @@ def group_norm_of(
         flat = _flat(x) if kernel is _REFERENCE else x
         return kernel.group_norm_forward(flat, num_groups, weight, bias, eps, activation)[0].reshape(x.shape)
     if torch.is_grad_enabled() and _any_requires_grad(x, weight, bias):
-        return _apply(_GroupNorm, x, weight, bias, num_groups, eps, activation, kernel)
+        return _apply(_GroupNorm, x, weight, bias, num_groups, eps, activation, kernel)  # type: ignore[no-any-return]
     return kernel.group_norm_forward(_flat(x), num_groups, weight, bias, eps, activation)[0].view(x.shape)
 
 
@@ -87,7 +87,7 @@ def _records_itself(kernel: RowBackend, x: Tensor, lean: bool) -> bool:
 
 def _apply(function: type[Function], *arguments: Any) -> Any:
     if torch.compiler.is_compiling():
-        return function.apply(*arguments)  # type: ignore[no-untyped-call]
+        return function.apply(*arguments)
     return apply_function(function, *arguments)
 
 
