@@ -17,7 +17,7 @@ from syncnorm.conversion._layers import Layer, Origin, origin_of, set_origin
 from syncnorm.conversion._targets import TARGETS, default_of
 from syncnorm.distributed import group_spec
 from syncnorm.modules import SyncStatistics
-from syncnorm.modules._statistics import _HALVES, _OURS
+from syncnorm.modules._swap import HALVES, OURS
 
 __all__ = [
     "STATISTICS",
@@ -106,7 +106,7 @@ def build_replacement(module: nn.Module, made: Blueprint, like: Tensor | None) -
     for name in STATISTICS:
         statistic = module._buffers.get(name)
         if statistic is not None and new._buffers.get(name) is not None:
-            new._buffers[name] = statistic.float() if statistic.dtype in _HALVES else statistic
+            new._buffers[name] = statistic.float() if statistic.dtype in HALVES else statistic
             new._non_persistent_buffers_set |= module._non_persistent_buffers_set & {name}
             new.track_running_stats = module.track_running_stats
     for name, value in module.__dict__.items():
@@ -170,7 +170,7 @@ def _process_group(module: nn.Module) -> object:
 
 def _own_fields() -> set[str]:
     """Attributes that a batch norm sets itself; what else is in its ``__dict__`` is its user's."""
-    return {*nn.BatchNorm1d(1, device="meta").__dict__, *_OURS, "process_group"}
+    return {*nn.BatchNorm1d(1, device="meta").__dict__, *OURS, "process_group"}
 
 
 def _aim_hooks(holder: nn.Module, source: nn.Module, target: nn.Module) -> None:

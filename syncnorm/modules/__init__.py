@@ -27,7 +27,8 @@ from syncnorm.modules._rms_norm import RMSNorm
 from syncnorm.modules._running_norm import RunningNorm
 from syncnorm.modules._spectral_norm import spectral_norm
 from syncnorm.modules._standardize import Standardize
-from syncnorm.modules._statistics import TARGETS, SyncStatistics, is_synced, register_swap
+from syncnorm.modules._statistics import SyncStatistics, is_synced
+from syncnorm.modules._swap import TARGETS, register_swap
 from syncnorm.modules._switchable_norm import SwitchableNorm1d, SwitchableNorm2d, SwitchableNorm3d
 from syncnorm.modules._sync_batch_norm import SyncBatchNorm, SyncBatchNorm1d, SyncBatchNorm2d, SyncBatchNorm3d
 from syncnorm.modules._weight_centralization import (

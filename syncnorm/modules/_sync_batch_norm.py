@@ -7,7 +7,8 @@ They subclass torch's concrete batch norm classes and not ``nn.SyncBatchNorm``: 
 from torch import nn
 
 from syncnorm.modules._batch_norm import BatchNorm
-from syncnorm.modules._statistics import TARGETS, SyncStatistics
+from syncnorm.modules._statistics import SyncStatistics
+from syncnorm.modules._swap import TARGETS
 
 __all__ = ["SyncBatchNorm", "SyncBatchNorm1d", "SyncBatchNorm2d", "SyncBatchNorm3d"]
 
