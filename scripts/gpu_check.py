@@ -17,6 +17,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ ROOT = HERE.parent
 sys.path[:0] = [str(HERE), str(ROOT)]
 
 TOTAL = 470.0
+BEGAN = time.monotonic()  # before torch is imported, which takes long on a machine that has just started
 
 # Name, seconds it may take, and what it shows.
 PARTS = {
@@ -38,7 +40,7 @@ PARTS = {
 }
 TESTS = {
     "kernels": ["tests/gpu/test_kernels.py"],
-    "training": ["tests/gpu/test_layers.py"],
+    "training": ["tests/gpu/test_layers.py", "tests/gpu/test_norm_probe.py"],
     "ranks": ["tests/gpu/test_ranks.py"],
     "large": ["tests/gpu/test_large.py"],
 }
@@ -52,15 +54,16 @@ def main() -> int:
     parser.add_argument("--dry", action="store_true", help="small, on the CPU, interpreted: the numbers mean nothing")
     parser.add_argument("--only", choices=PARTS, help=argparse.SUPPRESS)  # the process of one part
     arguments = parser.parse_args()
+    arguments.out = arguments.out.resolve()  # parts run from the root of the checkout
     arguments.out.mkdir(parents=True, exist_ok=True)
     if arguments.only:
         for row in rows(arguments.only, arguments.out, arguments.dry):
             with (arguments.out / f"{arguments.only}.jsonl").open("a") as file:
-                file.write(json.dumps(row) + "\n")
+                file.write(json.dumps(row, allow_nan=False) + "\n")
         return 0
     report: dict[str, Any] = {"environment": environment(), "dry": arguments.dry, "parts": {}}
     why_not = None if arguments.dry else missing()
-    deadline = time.monotonic() + TOTAL
+    deadline = BEGAN + TOTAL
     for name in arguments.parts:
         if why_not is None:
             print(f"{name}: {PARTS[name][1]}", flush=True)
@@ -84,7 +87,10 @@ def missing() -> str | None:
 
     if not torch.cuda.is_available():
         return "torch finds no CUDA device on this machine"
-    return triton.objection(torch.empty(1, 1, device="cuda"))
+    try:
+        return triton.objection(torch.empty(1, 1, device="cuda"))
+    except RuntimeError as error:  # a driver too old, a device in use by others only
+        return f"the CUDA device does not work: {str(error).splitlines()[0]}"
 
 
 def part(name: str, out: Path, seconds: float, dry: bool) -> dict[str, Any]:
@@ -94,7 +100,8 @@ def part(name: str, out: Path, seconds: float, dry: bool) -> dict[str, Any]:
     written, log = out / f"{name}.jsonl", out / f"{name}.log"
     written.unlink(missing_ok=True)
     command = [sys.executable, str(Path(__file__).resolve()), "--out", str(out), "--only", name, *["--dry"] * dry]
-    variables = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}
+    path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])  # which may lead to peers
+    variables = os.environ | {"PYTHONPATH": path, "PYTHONUNBUFFERED": "1"}
     variables |= {"TRITON_INTERPRET": "1"} if dry else {}
     began, status, reason = time.monotonic(), "complete", ""
     with log.open("w") as file:
@@ -106,9 +113,11 @@ def part(name: str, out: Path, seconds: float, dry: bool) -> dict[str, Any]:
                 lines = log.read_text().strip().splitlines()
                 status, reason = "failed", lines[-1][:300] if lines else f"exit code {process.returncode}"
         except subprocess.TimeoutExpired:
-            os.killpg(process.pid, 9)  # and the processes that it started
-            process.wait()
             status, reason = "cut off", f"after {seconds:.0f} s, with the rows it had"
+        finally:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, 9)  # what a part leaves behind would sit on the device beside the next
+            process.wait()
     found = [json.loads(line) for line in written.read_text().splitlines()] if written.exists() else []
     return {"status": status, "reason": reason, "seconds": round(time.monotonic() - began, 1), "rows": found}
 
@@ -118,7 +127,8 @@ def rows(name: str, out: Path, dry: bool) -> Iterator[dict[str, Any]]:
     if name in TESTS:
         from gpu_parts import claims
 
-        return claims.run(TESTS[name], out, dry)
+        # Tests of tensors that fill the device come one after the other.
+        return claims.run(TESTS[name], out, dry, workers=1 if name == "large" else 8)
     import importlib
 
     return importlib.import_module(f"gpu_parts.{name}").run("cpu" if dry else "cuda", dry)
@@ -143,7 +153,8 @@ def environment() -> dict[str, Any]:
         found |= {
             "device": properties.name, "devices": torch.cuda.device_count(),
             "capability": f"{properties.major}.{properties.minor}",
-            "memory GB": round(properties.total_memory / 1e9), "multiprocessors": properties.multi_processor_count,
+            "memory GB": round(properties.total_memory / 1e9), "L2 MB": round(properties.L2_cache_size / 1e6),
+            "multiprocessors": properties.multi_processor_count,
             "driver": _said("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader").split("\n")[0],
         }  # fmt: skip
     found["commit"] = _said("git", "-C", str(ROOT), "rev-parse", "--short", "HEAD")

@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from syncnorm.kernels.triton import _interpreter_objection
+
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -26,6 +28,7 @@ def test_says_that_there_is_no_gpu(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(bool(_interpreter_objection()), reason=str(_interpreter_objection()))
 def test_a_dry_run_claims_nothing(tmp_path: Path) -> None:
     pytest.importorskip("triton", reason="triton is not installed (the extra `triton`)")
     said, parts = check(tmp_path, "--dry", "--parts", "models", "large")
@@ -38,20 +41,28 @@ def test_a_dry_run_claims_nothing(tmp_path: Path) -> None:
 def test_a_test_part_without_pytest_runs_the_same_functions(tmp_path: Path) -> None:
     suite = tmp_path / "suite"
     suite.mkdir()
+    (suite / "test_gone.py").write_text("import there_is_no_such_module\n")
     (suite / "test_some.py").write_text(
-        "import pytest\n"
+        "import pytest\nfrom syncnorm.testing import run_ranks\n"
         "@pytest.fixture(autouse=True)\ndef _around():\n    print('before')\n    yield\n    print('after')\n"
         "@pytest.mark.parametrize(('a', 'b'), [(1, 2), (3, 4)])\n@pytest.mark.parametrize('c', [5])\n"
         "def test_sum(a, b, c):\n    assert a + b + c == 8\n"
         "def test_raises(monkeypatch):\n    with pytest.raises(ValueError, match='no'):\n        raise ValueError('no')\n"
         "def test_skip():\n    pytest.skip('not here')\n"
+        "def _rank():\n    return hasattr(pytest, '__version__')\n"
+        "def test_ranks_know_the_stand_in():\n    assert run_ranks(_rank, 1) == [False]\n"
     )
-    command = [sys.executable, str(ROOT / "scripts/gpu_parts/tiny_pytest.py"), "suite/test_some.py"]
-    environment = {"PYTHONPATH": str(tmp_path), "PATH": ""}
+    command = [
+        sys.executable,
+        str(ROOT / "scripts/gpu_parts/tiny_pytest.py"),
+        "suite/test_gone.py",
+        "suite/test_some.py",
+    ]
+    environment = {"PYTHONPATH": f"{tmp_path}:{ROOT}", "PATH": ""}
     said = subprocess.run(
         command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60, check=False
     )
     assert said.returncode == 1
     outcomes = [line.split(" ")[-1] for line in said.stdout.splitlines() if line.startswith("suite/")]
-    assert outcomes == ["PASSED", "FAILED", "PASSED", "SKIPPED"], said.stdout
-    assert said.stdout.count("before") == 4 and said.stdout.count("after") >= 2
+    assert outcomes == ["FAILED", "PASSED", "FAILED", "PASSED", "SKIPPED", "PASSED"], said.stdout
+    assert said.stdout.count("before") == 5 and said.stdout.count("after") >= 3

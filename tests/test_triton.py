@@ -30,6 +30,33 @@ def test_objections_name_the_device_the_dtype_and_what_to_install(monkeypatch: p
         kernels._installation_objection.cache_clear()
 
 
+@pytest.mark.parametrize(
+    ("versions", "serves"),
+    [
+        ({"triton": "3.6.0", "numpy": "2.4.6"}, False),
+        ({"triton": "3.6.0", "numpy": "2.3.5"}, True),
+        ({"triton": "3.7.1", "numpy": "2.5.2"}, True),
+    ],
+    ids=str,
+)
+def test_an_interpreter_that_cannot_count_is_no_interpreter(
+    versions: dict[str, str], serves: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    monkeypatch.setattr(kernels, "find_spec", lambda name: name)
+    monkeypatch.setattr(kernels, "version", versions.__getitem__)
+    caches = (kernels._installation_objection, kernels._interpreter_objection)
+    try:
+        for cache in caches:
+            cache.cache_clear()
+        said = kernels.objection(torch.empty(2, 3))
+    finally:
+        for cache in caches:
+            cache.cache_clear()
+    reason = "the interpreter of triton 3.6.0 cannot count a loop with numpy 2.4.6: it needs triton>=3.7 or numpy<2.4."
+    assert said == (None if serves else reason)
+
+
 def test_asked_for_by_name_where_it_cannot_run() -> None:
     x = torch.randn(2, 3, 4)
     for pick in (choose, choose_rows):
@@ -40,6 +67,7 @@ def test_asked_for_by_name_where_it_cannot_run() -> None:
 def test_rows_leave_transforms_to_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("triton", reason="triton is not installed (the extra `triton`)")
     monkeypatch.setenv("TRITON_INTERPRET", "1")
+    monkeypatch.setattr(kernels, "_interpreter_objection", lambda: None)  # no kernel runs
     said = []
     x = torch.randn(2, 3)
     torch.func.grad(lambda x: said.append(row_kernels.objection(x)) or x.sum())(x)
@@ -55,6 +83,7 @@ def test_rows_leave_transforms_to_torch(monkeypatch: pytest.MonkeyPatch) -> None
 def test_auto_passes_the_interpreter_by(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("triton", reason="triton is not installed (the extra `triton`)")
     monkeypatch.setenv("TRITON_INTERPRET", "1")
+    monkeypatch.setattr(kernels, "_interpreter_objection", lambda: None)  # no kernel runs
     x = torch.randn(2, 3, 4)
     assert choose("triton", x) is BACKENDS["triton"]
     assert choose("auto", x) is not BACKENDS["triton"] is not choose_rows("auto", x)

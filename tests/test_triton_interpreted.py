@@ -7,10 +7,13 @@ from pathlib import Path
 
 import pytest
 
+from syncnorm.kernels.triton import _interpreter_objection
+
 pytest.importorskip("triton", reason="triton is not installed (the extra `triton`)")
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(bool(_interpreter_objection()), reason=str(_interpreter_objection()))
 @pytest.mark.timeout(300)
 def test_every_case_holds_under_the_interpreter() -> None:
     here = Path(__file__).parent

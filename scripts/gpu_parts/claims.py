@@ -17,19 +17,19 @@ _OUTCOME = re.compile(r"\b(PASSED|FAILED|ERROR|SKIPPED)\b")
 _TEST = re.compile(r"tests/\S+\.py::.+?(?= PASSED| FAILED| ERROR| SKIPPED| \[|$)")
 
 
-def run(files: list[str], out: Path, dry: bool) -> Iterator[dict[str, Any]]:
+def run(files: list[str], out: Path, dry: bool, workers: int) -> Iterator[dict[str, Any]]:
     """One row for every outcome as it comes, so that whoever is cut off has those that came."""
     ini = out / "pytest.ini"
     ini.write_text(_INI)
     if importlib.util.find_spec("pytest"):
         command = [sys.executable, "-m", "pytest", "-c", str(ini), "--rootdir", str(ROOT), "-p", "no:cacheprovider"]
         command += ["--tb=short", "--color=no", "-q" if dry else "-v"]
-        if importlib.util.find_spec("xdist") and not dry:  # compiling kernels is what takes long
-            command += ["-n", str(min(8, os.cpu_count() or 1))]
+        if importlib.util.find_spec("xdist") and not dry and workers > 1:  # compiling kernels is what takes long
+            command += ["-n", str(min(workers, os.cpu_count() or 1))]
     else:
         command = [sys.executable, str(Path(__file__).with_name("tiny_pytest.py"))]
     command += ["--collect-only"] if dry else []
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}
+    environment = dict(os.environ)
     environment.pop("TRITON_INTERPRET", None)
     environment.pop("PYTEST_ADDOPTS", None)  # what it prints is read here
     process = subprocess.Popen(

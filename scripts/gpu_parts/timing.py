@@ -33,6 +33,8 @@ def _prepared(case: Case, device: str, name: str) -> Callable[[], float] | None:
         case()
         return (lambda: _clock(case)) if device == "cpu" else _captured(case)
     except Exception as error:  # a peer that cannot run or cannot be captured is no reason to stop
+        if device != "cpu":  # torch.cuda.graph leaves its stream in force where its capture was broken off
+            torch.cuda.set_stream(torch.cuda.default_stream())
         print(
             f"  {name} was not timed: {type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}", flush=True
         )

@@ -69,12 +69,23 @@ def skip(reason: str = "") -> None:
 
 
 def importorskip(name: str, reason: str = "") -> ModuleType:
-    return importlib.import_module(name)
+    try:
+        return importlib.import_module(name)
+    except ImportError:
+        raise SkipError(reason) from None
 
 
 def run(path: str) -> tuple[int, int]:
     """Run a file's tests; passed and failed."""
-    module = importlib.import_module(path.removesuffix(".py").replace("/", "."))
+    try:
+        module = importlib.import_module(path.removesuffix(".py").replace("/", "."))
+    except SkipError:
+        print(f"{path}::all SKIPPED", flush=True)
+        return 0, 0
+    except Exception:
+        traceback.print_exc(file=sys.stdout)
+        print(f"{path}::all FAILED", flush=True)
+        return 0, 1
     fixtures = {n: f for n, f in vars(module).items() if getattr(f, "fixture", None)}
     own = getattr(module, "pytestmark", [])
     shared = own if isinstance(own, list) else [own]
@@ -126,14 +137,18 @@ def _outcome(test: Callable[..., Any], arguments: dict[str, Any], marks: list[Ma
             setattr(target, name, value)
 
 
-def main(files: list[str]) -> int:
-    """1 if a test failed."""
+def stand_in_for_pytest() -> None:
+    """What ``import pytest`` finds from now on."""
     stand_in = ModuleType("pytest")
     vars(stand_in).update(
         mark=Mark(), fixture=fixture, raises=raises, skip=skip, importorskip=importorskip, MonkeyPatch=MonkeyPatch,
         Item=SimpleNamespace,
     )  # fmt: skip
     sys.modules["pytest"] = stand_in
+
+
+def main(files: list[str]) -> int:
+    """1 if a test failed."""
     failed = 0
     for file in files:
         paths = sorted(Path(file).glob("test_*.py")) if Path(file).is_dir() else [Path(file)]
@@ -141,5 +156,7 @@ def main(files: list[str]) -> int:
     return int(failed > 0)
 
 
+if __name__ in ("__main__", "__mp_main__"):  # the second: ranks that a test starts
+    stand_in_for_pytest()
 if __name__ == "__main__":
     raise SystemExit(main([f for f in sys.argv[1:] if not f.startswith("-")]))

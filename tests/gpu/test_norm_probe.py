@@ -7,6 +7,9 @@ import torch
 from torch import nn
 
 import syncnorm
+
+pytest.importorskip("torchmetrics", reason="torchmetrics is not installed")
+
 from syncnorm.diagnostics import EffectiveBatch, NormProbe, TrainEvalGap
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no CUDA device here")

@@ -6,6 +6,7 @@ the same input on the same kind of device gives the same bits. Triton itself is 
 
 import os
 from functools import cache
+from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from typing import Any
 
@@ -55,12 +56,29 @@ def stands_back(x: Tensor) -> bool:
 def _device_objection(kind: str, index: int) -> str | None:
     if kind == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
         return "the triton kernels run on CUDA, the input is on cpu (TRITON_INTERPRET=1 in the environment interprets them)."
-    return _installation_objection() or (_capability_objection(index) if kind == "cuda" else None)
+    return _installation_objection() or (_capability_objection(index) if kind == "cuda" else _interpreter_objection())
 
 
 @cache
 def _installation_objection() -> str | None:
     return None if find_spec("triton") else "triton is not installed; on Linux `pip install triton` brings it."
+
+
+@cache
+def _interpreter_objection() -> str | None:
+    try:
+        triton, numpy = version("triton"), version("numpy")
+    except PackageNotFoundError:
+        return None
+    if _release(triton) >= (3, 7) or _release(numpy) < (2, 4):
+        return None
+    return (
+        f"the interpreter of triton {triton} cannot count a loop with numpy {numpy}: it needs triton>=3.7 or numpy<2.4."
+    )
+
+
+def _release(version: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in version.split(".")[:2])
 
 
 @cache
