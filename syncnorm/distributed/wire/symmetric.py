@@ -98,7 +98,10 @@ def join(name: str, place: int, members: tuple[int, ...], timeout: float) -> Sym
     memory = lent.empty(kernel.length(size), dtype=torch.int64, device=device).zero_()
     handle = lent.rendezvous(memory, find_group(name))
     handle.barrier()  # all memory is zero before anybody writes into it
-    table = torch.tensor([handle.get_buffer(r, (1,), torch.int64).data_ptr() for r in range(size)], device=device)
+    lies = [handle.get_buffer(r, (1,), torch.int64).data_ptr() for r in range(size)]
+    # torch 2.11 lends from a pool, and what it then tells is where the whole pool lies.
+    within = memory.data_ptr() - lies[place]
+    table = torch.tensor([start + within for start in lies], device=device)
     wire = Symmetric(table, (memory, handle), place, members, timeout)
     probe = wire.sum(torch.tensor([1.0, 2.0**place], dtype=torch.float64, device=device))
     wire.settle()
