@@ -10,6 +10,14 @@ from torch import Tensor, nn
 LAYERS = {2: nn.BatchNorm1d, 3: nn.BatchNorm1d, 4: nn.BatchNorm2d, 5: nn.BatchNorm3d}
 
 
+def torchs(kind: type[nn.Module], *args: Any, bias: bool = True, **options: Any) -> nn.Module:
+    """A batch norm of torch, without a bias also where torch is too old (2.11) to be asked for that."""
+    layer = kind(*args, **options)
+    if not bias:
+        layer.register_parameter("bias", None)
+    return layer
+
+
 def whole_batch(
     shape: Sequence[int], *, offset: float = 0.5, dtype: torch.dtype = torch.float64
 ) -> tuple[Tensor, Tensor]:

@@ -16,7 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import syncnorm
 from syncnorm.testing import run_ranks
-from tests.oracles import count_exchanges, my_slice, step_errors
+from tests.oracles import count_exchanges, my_slice, step_errors, torchs
 
 pytestmark = [
     pytest.mark.gloo,
@@ -72,9 +72,8 @@ def _against_whole_batch(backend: str, cases: list[str]) -> dict[str, tuple[floa
             options["process_group"] = _group(options["process_group"])
         counter = CompileCounterWithBackend(backend)
         mine = _compiled(syncnorm.SyncBatchNorm1d(3, dtype=torch.float64, **options), counter)
-        theirs = nn.BatchNorm1d(
-            3, dtype=torch.float64, **{k: v for k, v in options.items() if k not in ("process_group", "backend")}
-        )
+        plain = {k: v for k, v in options.items() if k not in ("process_group", "backend")}
+        theirs = torchs(nn.BatchNorm1d, 3, dtype=torch.float64, **plain)
         worst = 0.0
         for split in splits:
             errors = step_errors(mine, theirs, (sum(split), 3, *spatial), split, second_order=False)

@@ -211,7 +211,7 @@ def test_doctor_from_a_shell() -> None:
     report = json.loads(out)
     assert report["ok"] is True and report["findings"] == [] and report["not_checked"] == []
     assert [trial["ok"] for trial in report["trials"]] == [True] * 3
-    assert report["environment"]["torch"] == torch.__version__
+    assert torch.__version__.startswith(report["environment"]["torch"])  # which may lack a "+cu130"
     assert report["backends"]["batch norms on cpu"]["reference"] is None
 
 

@@ -11,7 +11,7 @@ from torch import nn
 import syncnorm
 from syncnorm.kernels import objections
 from syncnorm.testing import count_collectives, run_ranks
-from tests.oracles import LAYERS, errors, my_slice, randomise_affine, results, step_errors, whole_batch
+from tests.oracles import LAYERS, errors, my_slice, randomise_affine, results, step_errors, torchs, whole_batch
 
 OURS = {
     2: syncnorm.SyncBatchNorm1d,
@@ -56,7 +56,8 @@ def _settings(splits: list[int]) -> dict[str, float]:
         {"affine": False, "track_running_stats": False}, {"eps": 1e-3, "momentum": 0.3}, {"bias": False},
     ]  # fmt: skip
     for options in settings:
-        mine, theirs = (cls(3, dtype=torch.float64, **options) for cls in (syncnorm.SyncBatchNorm2d, nn.BatchNorm2d))
+        mine = syncnorm.SyncBatchNorm2d(3, dtype=torch.float64, **options)
+        theirs = torchs(nn.BatchNorm2d, 3, dtype=torch.float64, **options)
         for step in range(3):  # several: the cumulative average needs more than one
             for name, error in step_errors(mine, theirs, (sum(splits), 3, 2, 3 + step), splits).items():
                 worst[f"{options} step {step} {name}"] = error

@@ -111,20 +111,21 @@ def resolve(spec: GroupSpec) -> Group:
         ValueError: If the world cannot be cut into groups of the asked size.
     """
     if torch.compiler.is_compiling():
-        return Group(_traced_name(spec), _traced_size(spec))
+        fields = spec.kind, spec.size, spec.name, spec.ranks  # Dynamo of torch 2.11 passes no dataclass on
+        return Group(_traced_name(*fields), _traced_size(*fields))
     return _resolve(spec)
 
 
 # Literals, which Dynamo writes into its graph: an object would be kept under a global name that a second compilation of the
 # same code may lose.
 @constant_while_traced
-def _traced_name(spec: GroupSpec) -> str:
-    return _resolve(spec).name
+def _traced_name(*fields: Any) -> str:
+    return _resolve(GroupSpec(*fields)).name
 
 
 @constant_while_traced
-def _traced_size(spec: GroupSpec) -> int:
-    return _resolve(spec).size
+def _traced_size(*fields: Any) -> int:
+    return _resolve(GroupSpec(*fields)).size
 
 
 def _resolve(spec: GroupSpec) -> Group:

@@ -169,6 +169,7 @@ def _code(activation: Activation | None) -> tuple[int, float]:
     return _CODES[activation.name], activation.negative_slope
 
 
+@cache  # once in a process, also where the library is loaded again
 def _register_fakes() -> None:
     def moments(x: Tensor) -> tuple[Tensor, Tensor]:
         return x.new_empty(x.size(1), dtype=torch.float64), x.new_empty(x.size(1), dtype=torch.float64)

@@ -14,6 +14,7 @@ from syncnorm.kernels import native
 
 __all__ = ["group_norm_backward", "group_norm_forward", "objection", "row_norm_backward", "row_norm_forward"]
 
+_is_exporting = getattr(torch.compiler, "is_exporting", lambda: False)
 _ops = torch.ops.syncnorm  # with the overload named at each call: a packet looks for it every time
 
 
@@ -22,7 +23,7 @@ def objection(x: Tensor) -> str | None:
     reason = native.objection(x)
     if reason is not None:
         return reason
-    if torch.compiler.is_exporting() or torch.jit.is_tracing():
+    if _is_exporting() or torch.jit.is_tracing():
         return "an exported program must run where the native operators are not."
     if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
         return "torch.func's transforms do not see into the native operators."
