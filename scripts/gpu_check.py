@@ -31,7 +31,7 @@ BEGAN = time.monotonic()  # before torch is imported, which takes long on a mach
 # Name, seconds it may take, and what it shows.
 PARTS = {
     "kernels": (130, "The triton kernels against float64, every primitive, layout and dtype"),
-    "primitives": (70, "Each primitive in GB/s, as a fraction of the copy bandwidth at the same size"),
+    "primitives": (100, "Each primitive in GB/s, as a fraction of the copy bandwidth at the same size"),
     "training": (80, "Training steps: captured, compiled, without a host sync, the same bits twice, autocast, memory"),
     "layers": (110, "Whole layers, forward and backward, against their peers"),
     "ranks": (60, "Ranks: NCCL, and several that share a device over gloo"),

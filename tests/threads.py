@@ -13,9 +13,13 @@ import torch
 import torch.distributed as dist
 from torch.testing._internal.distributed.multi_threaded_pg import (
     ProcessLocalGroup,
+    ThreadLocalWorld,
     _install_threaded_pg,
     _uninstall_threaded_pg,
 )
+
+if not hasattr(ThreadLocalWorld, "comms"):  # torch 2.11 asks for them when a group is destroyed
+    ThreadLocalWorld.comms = []
 
 
 class ThreadRanks:
