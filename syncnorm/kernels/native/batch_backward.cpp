@@ -79,25 +79,29 @@ struct Inputs {
 };
 
 template <typename T, Source kSource, typename A>
-void add_up(const Inputs& inputs, const Layout& layout, const Parameters<A, 3>& parameters, double* sums) {
+void add_up(const Inputs& inputs, const Layout& layout, const Parameters<A, 3>& parameters, double* sums, T* claimed) {
   const Activated<A> activated(inputs.activation);
+  Data<T> data = inputs.data<T>();
+  data.y = claimed;
   sum_channels<mask_of(kSource)>(
-      layout, parameters, inputs.data<T>(), sums,
+      layout, parameters, data, sums,
       [=](const auto& view, const Data<T>& from, int64_t at, int64_t i, uint32_t bits, vec_t<A>& p, vec_t<A>& q) {
         const vec_t<A> x = load(from.x + at);
         p = through<kSource>(activated, view, from, at, i, x, bits);
         q = p * (x - view.template get<0>(i));
+        if (from.y) __builtin_prefetch(from.y + at, 1);
       });
 }
 
-// Writes Σg' and Σg'·x̂ of the channels of a layout at their places in [2, C].
-template <typename T> void reduce(const Inputs& inputs, const Layout& layout, double* out) {
+// Writes Σg' and Σg'·x̂ of the channels of a layout at their places in [2, C]. Lines of `claimed` are asked for meanwhile: dx,
+// whose writing would wait for them.
+template <typename T> void reduce(const Inputs& inputs, const Layout& layout, double* out, T* claimed = nullptr) {
   using A = acc_t<T>;
   const Channels& v = inputs.channels;
   const int64_t width = layout.channels, C = inputs.layout.channels;
   std::vector<double> sums(2 * width);
   const Parameters<A, 3> parameters(layout, [&](int64_t c, A* values) { v.affine(c, values); });
-  with_source(inputs.source, [&](auto source) { add_up<T, source()>(inputs, layout, parameters, sums.data()); });
+  with_source(inputs.source, [&](auto source) { add_up<T, source()>(inputs, layout, parameters, sums.data(), claimed); });
   for (int64_t k = 0; k < width; ++k) {
     const int64_t c = layout.first + k;
     out[c] = sums[k];
@@ -206,7 +210,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> batch_backward(
   std::vector<double> sums(2 * C);
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, x.scalar_type(), "syncnorm::batch_backward", [&] {
     for_each_slab(slabs_of<scalar_t>(inputs.layout, inputs.tensors()), [&](const Layout& slab) {
-      reduce<scalar_t>(inputs, slab, sums.data());
+      scalar_t* dx = outputs.dx.data_ptr<scalar_t>();
+      const bool claims = !streams(x, slab, dx) && stays<scalar_t>(slab, inputs.tensors());
+      reduce<scalar_t>(inputs, slab, sums.data(), claims ? dx : nullptr);
       outputs.write<scalar_t>(inputs, slab, [&](int64_t c) { return std::pair(sums[c] / count, sums[C + c] / count); });
     });
   });

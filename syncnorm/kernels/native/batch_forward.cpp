@@ -30,7 +30,7 @@ template <typename T> std::vector<acc_t<T>> pivots(const Layout& layout, const T
   return pivot;
 }
 
-// Writes mean and M2 of the channels of a layout at their places in [C].
+// Writes mean and M2 of the channels of a layout at their places in [C]. Lines of y are claimed meanwhile, if there is one.
 template <typename T> void moments(const Layout& layout, const Data<T>& data, double count, double* mean, double* m2) {
   using A = acc_t<T>;
   const int64_t C = layout.channels;
@@ -39,6 +39,7 @@ template <typename T> void moments(const Layout& layout, const Data<T>& data, do
   auto deviations = [](const auto& view, const auto& from, int64_t at, int64_t i, uint32_t, vec_t<A>& p, vec_t<A>& q) {
     p = load(from.x + at) - view.template get<0>(i);
     q = p * p;
+    if (from.y) __builtin_prefetch(from.y + at, 1);  // or writing it would wait for its lines
   };
   for (int pass = 0; pass < 2; ++pass) {
     const Parameters<A, 1> parameters(layout, [&](int64_t c, A* values) { values[0] = pivot[c - layout.first]; });
@@ -165,13 +166,16 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> batch_forward(
   Channels channels(C, weight, bias);
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, x.scalar_type(), "syncnorm::batch_forward", [&] {
     const Data<scalar_t> data = f.data<scalar_t>();
+    Data<scalar_t> x_alone;
+    x_alone.x = data.x;
     for_each_slab(slabs_of<scalar_t>(f.layout, 1), [&](const Layout& slab) {
-      moments(slab, data, count, mp, qp);
+      const bool stream = streams(x, slab, data.y);
+      moments(slab, !stream && stays<scalar_t>(slab, 1) ? data : x_alone, count, mp, qp);
       for (int64_t c = slab.first; c < slab.first + slab.channels; ++c) {
         channels.mean[c] = mp[c];
         channels.rstd[c] = rp[c] = 1 / std::sqrt(qp[c] / count + eps);
       }
-      normalize(slab, channels, data, f.activation, streams(x, slab, data.y));
+      normalize(slab, channels, data, f.activation, stream);
     });
   });
   return {f.y, mean, m2, rstd, f.mask.defined() ? f.mask : at::empty({0}, x.options().dtype(at::kByte))};

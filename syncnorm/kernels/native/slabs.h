@@ -7,18 +7,25 @@
 
 namespace syncnorm {
 
-constexpr int64_t kSlabBytes = int64_t{1} << 20;  // what the passes read of a slab
+constexpr int64_t kSlabBytes = int64_t{1} << 20;  // of what the passes read of a channel, at most; half of it for several
 constexpr int64_t kSlabs = 16;                    // at least, so that they keep many threads busy
 
 // The layouts of slabs that together are a tensor; all of it where it is small, where few channels fill the cache, or where
 // rows run across the channels: a slab of them would be a cache line here and there (2 to 2.5 times the time at C = 256).
 template <typename T> std::vector<Layout> slabs_of(const Layout& whole, int64_t tensors) {
   const int64_t C = whole.channels, bytes = whole.samples * (whole.pitch / C) * sizeof(T) * tensors;  // of a channel
-  if (whole.across || C < kSlabs || bytes > kSlabBytes || bytes * C <= 2 * kSlabBytes) return {whole};
-  const int64_t width = std::clamp<int64_t>(kSlabBytes / bytes, 1, C / kSlabs);
+  if (whole.across || C < kSlabs || bytes > kSlabBytes || bytes * C <= kSlabBytes) return {whole};
+  const int64_t width = std::clamp<int64_t>(kSlabBytes / 2 / bytes, 1, C / kSlabs);
   std::vector<Layout> slabs;
   for (int64_t c = 0; c < C; c += width) slabs.push_back(whole.slab(c, std::min(C, c + width)));
   return slabs;
+}
+
+// Whether the second pass finds in the cache what the first has read, so that lines of results, too, can be asked for then.
+template <typename T> bool stays(const Layout& slab, int64_t tensors) {
+  int64_t elements = 0;
+  for (const Part& part : slab.parts) elements += part.rows * part.columns;
+  return elements * static_cast<int64_t>(sizeof(T)) * tensors <= kSlabBytes;
 }
 
 // body(layout) for each slab; a single one shares its passes out among the threads by itself.
