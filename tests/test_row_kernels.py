@@ -8,11 +8,13 @@ import torch
 from torch import Tensor
 
 from syncnorm.core.activation import Activation
-from syncnorm.kernels.rows import ROW_BACKENDS, choose_rows, row_objections
+from syncnorm.kernels.rows import ROW_BACKENDS, choose_rows, row_objections, takes_features_apart
 
 SERVING = [name for name, reason in row_objections(torch.empty(2, 3)).items() if reason is None]
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 ROWS = [(1, 1), (3, 2), (199, 3), (5, 17), (7, 199), (3, 1023), (70, 64), (2, 5000), (300, 48)]
+# N, D, S: the channels of [N, D, S] are the features of its positions
+APART = [(1, 1, 1), (3, 1, 50), (2, 3, 7), (1, 199, 49), (2, 1023, 8), (5, 66, 50), (1, 2, 1030), (70, 5, 16)]
 # N, C, S, G
 GROUPS = [
     (1, 2, 1, 1), (3, 6, 1, 2), (2, 6, 4, 3), (3, 4, 9, 4), (2, 64, 49, 32), (1, 3, 199, 1), (2, 34, 17, 17),
@@ -89,18 +91,55 @@ def test_rows_equal_the_formulas(name: str, shape: tuple[int, int], dtype: torch
             _close(dbias, want["dbias"], dtype, scale=want["sizes"])
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", APART, ids=str)
+@pytest.mark.parametrize(
+    "name", [name for name in SERVING if takes_features_apart(ROW_BACKENDS[name], torch.empty(1, 99, 1))]
+)
+@pytest.mark.parametrize("centre", [True, False])
+def test_features_that_lie_apart(name: str, shape: tuple[int, int, int], dtype: torch.dtype, centre: bool) -> None:
+    kernel, (n, d, s) = ROW_BACKENDS[name], shape
+    x, residual, grad, grad_h = (_sample(shape, dtype, 0.5, seed).transpose(1, 2) for seed in range(4))
+    weight, bias = _sample((d,), torch.float32, 0.5, 5), _sample((d,), torch.float32, 0.5, 6)
+    for second, more in ((None, None), (residual, grad_h)):
+        y, h, mean, rstd = kernel.row_norm_forward(x, weight, bias if centre else None, 1e-3, centre, second)
+        whole = x if h is None else h
+        assert torch.equal(whole, x if second is None else x + second) and (h is None) == (second is None)
+        dx, dweight, dbias = kernel.row_norm_backward(grad, whole, weight, mean, rstd, True, centre, more)
+        for t in (y, whole, dx):
+            assert t.dtype == dtype and t.shape == (n, s, d) and t.transpose(1, 2).is_contiguous()
+        rows = [_array(t).reshape(-1, d) for t in (whole, grad)]
+        want = _rows_by_hand(*rows, _array(weight), _array(bias) * centre, 1e-3, centre, None)
+        want["dx"] += 0 if more is None else _array(more).reshape(-1, d)
+        peak = float(want["rstd"].max())
+        _close(y.reshape(-1, d), want["y"], dtype)
+        _close(dx.reshape(-1, d), want["dx"], dtype, ratio=peak)
+        _close(rstd, want["rstd"], dtype)
+        _close(dweight, want["dweight"], dtype, peak, want["sizes"])
+        if centre:
+            _close(mean, want["mean"], dtype)
+            _close(dbias, want["dbias"], dtype, scale=want["sizes"])
+
+
 @pytest.mark.parametrize("offset", [1e2, 1e4, 1e6])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 @pytest.mark.parametrize("name", SERVING)
 def test_means_far_from_zero(name: str, dtype: torch.dtype, offset: float) -> None:
     kernel = ROW_BACKENDS[name]
-    x, grad = _sample((7, 1023), dtype, offset), _sample((7, 1023), dtype)
+    x, grad = _sample((9, 1023), dtype, offset), _sample((9, 1023), dtype)
     ones, zeros = torch.ones(1023), torch.zeros(1023)
     want = _rows_by_hand(_array(x), _array(grad), _array(ones), _array(zeros), 1e-5, True, None)
     y, _, mean, rstd = kernel.row_norm_forward(x, None, None, 1e-5, True)
     dx, dweight, _ = kernel.row_norm_backward(grad, x, None, mean, rstd, True, False)
     for got, name_ in ((y, "y"), (dx, "dx"), (dweight, "dweight")):
         _close(got, want[name_], dtype, offset, want["sizes"] if name_ == "dweight" else None)
+    if takes_features_apart(kernel, x[None]):
+        y, _, mean, rstd = kernel.row_norm_forward(x.T.contiguous().T[None], None, None, 1e-5, True)
+        dx, dweight, _ = kernel.row_norm_backward(
+            grad.T.contiguous().T[None], x.T.contiguous().T[None], None, mean, rstd, True, False
+        )
+        for got, name_ in ((y[0], "y"), (dx[0], "dx"), (dweight, "dweight")):
+            _close(got, want[name_], dtype, offset, want["sizes"] if name_ == "dweight" else None)
     for inner in (False, True):
         x = _sample((3, 6, 341), dtype, offset)
         grad = _sample((3, 6, 341), dtype)

@@ -244,6 +244,10 @@ def test_compiles_in_one_graph_forward_and_backward(backend: str) -> None:
     def function(x: Tensor, residual: Tensor, weight: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
         y, h = rms_norm(x, 4, weight, 1e-5, residual=residual, backend=backend)
         z = layer_norm(y, 4, weight, p_bias, backend=backend)
+        z = layer_norm(
+            z.repeat(1, 1, 3), 6, scale, bias, channel_dim=1, residual=residual.repeat(1, 1, 3), backend=backend
+        )
+        z = (z[0].relu_() * z[1])[..., :4]
         z = group_norm(z + h, 2, scale, bias, activation="silu", backend=backend)
         return group_norm(z, 3, scale, backend=backend).relu_().pow(2).sum()
 

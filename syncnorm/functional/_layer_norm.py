@@ -8,7 +8,7 @@ from typing import overload
 from torch import Tensor
 
 from syncnorm.functional._fused import check_residual
-from syncnorm.functional._inputs import check_floating, with_layout_of
+from syncnorm.functional._inputs import check_floating
 from syncnorm.functional._rows import row_norm
 
 __all__ = ["check_normalized", "layer_norm", "normalize_rows", "normalized_shape"]
@@ -95,19 +95,15 @@ def normalize_rows(
     backend: str,
     part: int | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Bring the features of checked arguments into the last dim, normalise, and bring the results back."""
-    moved = len(shape) == 1 and channel_dim % input.dim() != input.dim() - 1
+    """Normalise by checked arguments; several last dims as one."""
     x, second = input, residual
-    if moved:
-        x, second = x.movedim(channel_dim, -1), None if second is None else second.movedim(channel_dim, -1)
-    elif len(shape) > 1:
+    if len(shape) > 1:
         x, second = x.flatten(-len(shape)), None if second is None else second.flatten(-len(shape))
         weight, bias = (None if t is None else t.flatten() for t in (weight, bias))
-    y, h = row_norm(x, weight, bias, eps, centre=centre, residual=second, part=part, backend=backend)
-    if moved:
-        y = with_layout_of(input, y.movedim(-1, channel_dim))
-        h = h if residual is None else with_layout_of(input, h.movedim(-1, channel_dim))
-    elif len(shape) > 1:
+    y, h = row_norm(
+        x, weight, bias, eps, centre=centre, residual=second, part=part, dim=channel_dim % x.dim(), backend=backend
+    )
+    if len(shape) > 1:
         y, h = y.view(input.shape), h.view(input.shape)
     return y if residual is None else (y, h)
 

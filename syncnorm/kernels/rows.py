@@ -17,7 +17,7 @@ from syncnorm.kernels._choice import check_name, pick
 from syncnorm.kernels.native import rows as native_rows
 from syncnorm.kernels.triton import rows as triton_rows
 
-__all__ = ["ROW_BACKENDS", "RowBackend", "check_row_backend", "choose_rows", "row_objections"]
+__all__ = ["ROW_BACKENDS", "RowBackend", "check_row_backend", "choose_rows", "row_objections", "takes_features_apart"]
 
 
 class RowBackend(Protocol):
@@ -39,7 +39,8 @@ class RowBackend(Protocol):
         """Normalise each row of ``h = x + residual`` as it is in the dtype of ``x``.
 
         Args:
-            x: ``[M, D]``, contiguous.
+            x: ``[M, D]``, contiguous; where :func:`takes_features_apart`, and without ``part``, also ``[N, S, D]`` with
+                strides (S·D, 1, S), whose N·S rows count as M.
             weight: ``[D]``, of any floating dtype, or None.
             bias: ``[D]``, of any floating dtype, or None.
             eps: Added to the variance, or to the mean square.
@@ -67,7 +68,7 @@ class RowBackend(Protocol):
 
         Args:
             grad: Of ``y``, like ``h``.
-            h: What was normalised, ``[M, D]``.
+            h: What was normalised, laid out like ``x``.
             weight: As in the forward.
             mean: From the forward.
             rstd: From the forward.
@@ -143,6 +144,12 @@ def choose_rows(name: str, x: Tensor) -> RowBackend:
 def row_objections(x: Tensor) -> dict[str, str | None]:
     """What each backend says to ``x``, in the order in which ``auto`` asks."""
     return {name: backend.objection(x) for name, backend in ROW_BACKENDS.items()}
+
+
+def takes_features_apart(backend: RowBackend, x: Tensor) -> bool:
+    """Whether the row primitives take ``x`` [N, *, D] where it lies as [N, D, *]; others get a copy that is contiguous."""
+    rule = getattr(backend, "takes_features_apart", None)
+    return rule is not None and rule(x)
 
 
 def check_row_backend(name: str) -> None:

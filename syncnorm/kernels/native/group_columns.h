@@ -13,14 +13,6 @@ constexpr int64_t kTerms = 64;
 
 constexpr size_t kPageBytes = 4096;
 
-// Vectors of entries per channel, each padded to whole vectors of lanes.
-template <typename A> struct Table {
-  int64_t width;
-  std::vector<A> values;
-  Table(int64_t rows, int64_t C) : width((C + kLanes - 1) / kLanes * kLanes), values(rows * width) {}
-  A* operator[](int64_t row) { return values.data() + row * width; }
-};
-
 // Rows of a sample are cut into ranges, for threads where samples are few.
 struct Ranges {
   int64_t S, rows, count;

@@ -80,6 +80,14 @@ template <typename T> void moments_of(const T* x, int64_t n, double& mean, doubl
   }
 }
 
+// Vectors of n entries, each padded to whole vectors of lanes.
+template <typename A> struct Table {
+  int64_t width;
+  std::vector<A> values;
+  Table(int64_t rows, int64_t n) : width((n + kLanes - 1) / kLanes * kLanes), values(rows * width) {}
+  A* operator[](int64_t row) { return values.data() + row * width; }
+};
+
 // A parameter in the dtype of the arithmetic; undefined if there is none.
 inline Tensor widened(const OptTensor& parameter, int64_t size, at::ScalarType dtype) {
   if (!parameter || !parameter->defined()) return Tensor();

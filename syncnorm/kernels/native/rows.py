@@ -12,7 +12,16 @@ from syncnorm.core.layout import accumulate_dtype
 from syncnorm.core.traced import constant_while_traced
 from syncnorm.kernels import native
 
-__all__ = ["group_norm_backward", "group_norm_forward", "objection", "row_norm_backward", "row_norm_forward"]
+__all__ = [
+    "group_norm_backward",
+    "group_norm_forward",
+    "objection",
+    "row_norm_backward",
+    "row_norm_forward",
+    "takes_features_apart",
+]
+
+_POSITIONS = 8  # fewer side by side cost more than a copy
 
 _is_exporting = getattr(torch.compiler, "is_exporting", lambda: False)
 _ops = torch.ops.syncnorm  # with the overload named at each call: a packet looks for it every time
@@ -31,6 +40,11 @@ def objection(x: Tensor) -> str | None:
         return "the native operators have no forward-mode derivative."
     _register_fakes()
     return None
+
+
+def takes_features_apart(x: Tensor) -> bool:
+    """Whether vectors of positions of ``x`` [N, *, D] are full enough."""
+    return x.shape[1:-1].numel() >= _POSITIONS
 
 
 def row_norm_forward(
@@ -103,7 +117,7 @@ def _register_fakes() -> None:
 @cache
 def _registered() -> None:
     def forward(x: Tensor, weight: Any, bias: Any, eps: float, centre: bool, residual: Tensor | None, part: Any) -> Any:
-        rows = x.size(0)
+        rows = x.numel() // x.size(-1)
         dtype = accumulate_dtype(x.dtype)
         return (
             torch.empty_like(x),
@@ -115,7 +129,7 @@ def _registered() -> None:
     def backward(
         grad: Tensor, h: Tensor, weight: Any, mean: Any, rstd: Tensor, needs_weight: bool, needs_bias: bool, *_: Any
     ) -> Any:
-        features = h.size(1)
+        features = h.size(-1)
         dweight, dbias = (rstd.new_empty(features if needed else 0) for needed in (needs_weight, needs_bias))
         return torch.empty_like(h), dweight, dbias
 
