@@ -54,7 +54,7 @@ class Sums:
     def read(self, row: Tensor, num_words: int) -> tuple[Tensor, list[float] | None]:
         if not isinstance(self.divisor, Tensor) and _native(row):
             read: tuple[Tensor, list[float]] = torch.ops.syncnorm.read_sums.default(
-                row, self.sums, self.divisor, num_words
+                row, self.sums.shape, self.divisor, num_words
             )
             return read
         sums = row[: self.num_words].view(self.sums.shape)

@@ -29,7 +29,8 @@ from syncnorm.functional._checkpoint import (
 from syncnorm.functional._nonfinite import refuse_nonfinite
 from syncnorm.functional._one_value import ONE_VALUE, refuse_one_value
 from syncnorm.functional._walk import Walk, apply_function, empty_after, moments_of_none
-from syncnorm.kernels import alone, choose
+from syncnorm.functional._whole import whole_backward, whole_forward
+from syncnorm.kernels import choose
 from syncnorm.kernels.vectors import inverse_std, update_running
 
 __all__ = ["batch_normalize", "batch_normalize_and_moments"]
@@ -96,11 +97,10 @@ class _Normalize(Function):
         else:
             backend, flat = choose(walk.backend, x), flatten(x)
             residual = None if residual is None else flatten_like(residual, flat)
-            goes_alone = walk.is_local and walk.known is None and not recomputing and not is_selective()
-            if goes_alone and (whole := alone(backend)) is not None:
-                values = count_per_channel(x)
-                refuse_one_value(values, values, x.shape)
-                y, moments, rstd, bits = whole.batch_forward(flat, weight, bias, walk.eps, walk.activation, residual)
+            plain = walk.is_plain and walk.known is None and not recomputing and not is_selective()
+            whole = whole_forward(backend, flat, x.shape, weight, bias, walk, residual) if plain else None
+            if whole is not None:
+                y, moments, rstd, bits = whole
                 correction = ()
             else:
                 moments, rstd, correction = _meet(x, flat, walk, running, recomputing)
@@ -211,19 +211,10 @@ def _first_derivative(
 ) -> tuple[Tensor | None, Tensor | None, Tensor, Tensor]:
     """Gradients of the input, of the residual (None where it is ``grad``), of bias and of weight."""
     needs_x, *_, needs_residual, _, _ = needs
-    if walk.is_local and needs_x and x.numel() and (whole := alone(choose(walk.backend, x))) is not None:
-        flat = flatten(x)
-        if side is not None and walk.activation is not None and not walk.activation.is_piecewise_linear:
-            side = flatten_like(side, flat)
-        dx, dresidual, dbias, dweight = whole.batch_backward(
-            flatten_like(grad, flat), flat, mean, rstd, weight, bias, walk.activation, side, needs_residual
-        )
-        return (
-            unflatten(dx, x.shape),
-            None if dresidual is None else unflatten(dresidual, x.shape),
-            dbias,
-            dweight,
-        )
+    if walk.is_plain and needs_x and x.numel():
+        whole = whole_backward(grad, x, weight, bias, side, mean, rstd, count, walk, needs_residual)
+        if whole is not None:
+            return whole
     dx_or_none, dresidual, sums, _ = batch_backward(
         grad, x, weight, bias, side, mean, rstd, count, walk, needs_x, needs_residual
     )

@@ -45,9 +45,9 @@ class Walk(NamedTuple):
     known: tuple[Moments, tuple[Tensor, ...]] | None = None
 
     @property
-    def is_local(self) -> bool:
-        """Whether nothing comes between the local moments and their use."""
-        return self.group.size == 1 and self.renorm is None and not self.refuses_nonfinite
+    def is_plain(self) -> bool:
+        """Whether nothing comes between the moments of all ranks and their use."""
+        return self.renorm is None and not self.refuses_nonfinite
 
 
 def apply_function(function: type[Function], *arguments: Any) -> Any:

@@ -3,6 +3,7 @@
 // What the activation was applied to is computed again from x, or its sign is read from the mask of the forward.
 
 #include "affine.h"
+#include "operators.h"
 #include "slabs.h"
 #include "sums.h"
 
@@ -109,6 +110,8 @@ template <typename T> void reduce(const Inputs& inputs, const Layout& layout, do
   }
 }
 
+}  // namespace
+
 Tensor batch_backward_reduce(
     const Tensor& grad, const Tensor& x, const Tensor& mean, const Tensor& rstd, const OptTensor& weight,
     const OptTensor& bias, int64_t activation, double slope, const OptTensor& side) {
@@ -119,6 +122,8 @@ Tensor batch_backward_reduce(
   });
   return sums;
 }
+
+namespace {
 
 // dx = g'·scale + (x - mean)·slope + shift, the parameters 3, 4 and 5.
 template <typename T, Source kSource, bool kAcross, typename A>
@@ -184,6 +189,8 @@ Outputs input_and_residual(
   return outputs;
 }
 
+}  // namespace
+
 Tensor batch_backward_input(
     const Tensor& grad, const Tensor& x, const Tensor& mean, const Tensor& rstd, const OptTensor& weight,
     const OptTensor& bias, const Tensor& means, int64_t activation, double slope, const OptTensor& side) {
@@ -196,6 +203,8 @@ std::tuple<Tensor, Tensor> batch_backward_input_and_residual(
   const Outputs outputs = input_and_residual(grad, x, mean, rstd, weight, bias, means, activation, slope, side, true);
   return {outputs.dx, outputs.dresidual};
 }
+
+namespace {
 
 // The whole backward of a group of one: dx, g' for the residual (no elements where it is not asked for), and the gradients of
 // bias and weight in the dtype of the weight, or float64 without one.

@@ -1,6 +1,7 @@
 // Batch normalisation forward on CPU: moments in one pass over memory, then scale, shift, residual and activation in one.
 
 #include "affine.h"
+#include "operators.h"
 #include "slabs.h"
 #include "sums.h"
 
@@ -58,6 +59,8 @@ template <typename T> void moments(const Layout& layout, const Data<T>& data, do
   }
 }
 
+}  // namespace
+
 // Mean and M2; the count is x.numel() / C.
 std::tuple<Tensor, Tensor> batch_moments(const Tensor& x) {
   const Layout layout(x);
@@ -71,6 +74,8 @@ std::tuple<Tensor, Tensor> batch_moments(const Tensor& x) {
   });
   return {mean, m2};
 }
+
+namespace {
 
 template <typename T, bool kAcross, Shape kShape, bool kResidual, bool kMask>
 void write_rows(
@@ -139,6 +144,8 @@ Forward normalized(
   return f;
 }
 
+}  // namespace
+
 Tensor batch_normalize(
     const Tensor& x, const Tensor& mean, const Tensor& rstd, const OptTensor& weight, const OptTensor& bias,
     int64_t activation, double slope, const OptTensor& residual) {
@@ -152,6 +159,8 @@ std::tuple<Tensor, Tensor> batch_normalize_masked(
   TORCH_CHECK(f.mask.defined(), "a mask is that of a piecewise linear activation");
   return {f.y, f.mask};
 }
+
+namespace {
 
 // The whole forward of a group of one: y, mean, M2, 1/std and the mask, which has no bytes where none is needed.
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> batch_forward(

@@ -1,12 +1,10 @@
 // The row that ranks exchange: what is summed, zeros, and words at its end; packed in one call, read in one call.
 // syncnorm/distributed/row.py says the same in torch's operations, syncnorm/core/moments.py what the sums of moments are.
 
-#include "common.h"
+#include "operators.h"
 
 namespace syncnorm {
 namespace {
-
-using Words = at::ArrayRef<double>;
 
 // A row whose first `used` words are still to be written.
 Tensor begin_row(const Tensor& like, int64_t used, int64_t width, Words words) {
@@ -23,6 +21,8 @@ std::vector<double> last(const Tensor& row, int64_t num_words) {
   const double* end = row.const_data_ptr<double>() + row.numel();
   return {end - num_words, end};
 }
+
+}  // namespace
 
 Tensor pack_moments(const Tensor& mean, const Tensor& m2, double count, int64_t width, Words words) {
   const int64_t C = mean.numel();
@@ -60,24 +60,22 @@ std::tuple<Tensor, Tensor, double, std::vector<double>> read_moments(const Tenso
   return {mean, m2, *in, last(row, num_words)};
 }
 
-// What was summed, in the shape of `like` and over the divisor if there is one, and the last words.
+// What was summed, in its shape and over the divisor if there is one, and the last words.
 std::tuple<Tensor, std::vector<double>> read_sums(
-    const Tensor& row, const Tensor& like, std::optional<double> divisor, int64_t num_words) {
+    const Tensor& row, at::IntArrayRef shape, std::optional<double> divisor, int64_t num_words) {
   const double* in = doubles(row);
-  TORCH_CHECK(like.numel() + num_words <= row.numel(), "no ", like.numel(), " sums in a row of ", row.numel());
-  Tensor sums = at::empty(like.sizes(), row.options());
+  Tensor sums = at::empty(shape, row.options());
+  TORCH_CHECK(sums.numel() + num_words <= row.numel(), "no ", sums.numel(), " sums in a row of ", row.numel());
   double *out = sums.data_ptr<double>(), over = divisor.value_or(1);
   for (int64_t i = 0; i < sums.numel(); ++i) out[i] = in[i] / over;
   return {sums, last(row, num_words)};
 }
 
-}  // namespace
-
 TORCH_LIBRARY_FRAGMENT(syncnorm, m) {
   m.def("pack_moments(Tensor mean, Tensor m2, float count, int width, float[] words) -> Tensor");
   m.def("pack_sums(Tensor sums, int width, float[] words) -> Tensor");
   m.def("read_moments(Tensor row, int channels, int num_words) -> (Tensor, Tensor, float, float[])");
-  m.def("read_sums(Tensor row, Tensor like, float? divisor, int num_words) -> (Tensor, float[])");
+  m.def("read_sums(Tensor row, int[] shape, float? divisor, int num_words) -> (Tensor, float[])");
 }
 
 TORCH_LIBRARY_IMPL(syncnorm, CPU, m) {

@@ -1,11 +1,9 @@
 // Work on the [C] vectors of a layer, one call each: on a small feature map a dozen of torch's operators between two passes
 // over the data cost as much as a pass. syncnorm/core says what each of these means.
 
-#include "common.h"
+#include "operators.h"
 
 namespace syncnorm {
-namespace {
-
 Tensor inverse_std(const Tensor& m2, double count, double eps) {
   const int64_t C = m2.numel();
   const double *qp = doubles(m2), divisor = std::max(count, 1.0);
@@ -14,6 +12,8 @@ Tensor inverse_std(const Tensor& m2, double count, double eps) {
   for (int64_t c = 0; c < C; ++c) out[c] = 1 / std::sqrt(qp[c] / divisor + eps);
   return rstd;
 }
+
+namespace {
 
 // Written behind torch's back, so that its check for changed saved tensors must be told.
 template <typename F> void write_in_place(const Tensor& t, F write) {
