@@ -125,18 +125,45 @@ def row_norm_rows(arguments: argparse.Namespace) -> Iterator[Row]:
             for shape in arguments.shapes:
                 for layout, memory_format in LAYOUTS.items():
                     x, grad = (tensor(shape, dtype, memory_format) for _ in range(2))
-                    theirs, ours = (
-                        nn.GroupNorm(32, shape[1], dtype=dtype),
-                        syncnorm.GroupNorm(shape[1], 32, dtype=dtype),
-                    )
-                    steps = {"torch": step(theirs, x, grad), "ours": step(ours, x, grad)}
-                    times = interleave(steps, max(arguments.rounds // 3, 5))
-                    yield {
-                        "threads": threads, "dtype": _name(dtype), "shape": str(shape), "layout": layout,
-                        "ours": "GroupNorm-32", "against": "F.group_norm",
-                        "torch µs": f"{statistics.median(times['torch']) * 1e6:.0f}",
-                        "ratio": str(spread(times, "ours", "torch")),
-                    }  # fmt: skip
+                    channels = shape[1]
+                    for name, layer, peers in (
+                        (
+                            "GroupNorm-32", syncnorm.GroupNorm(channels, 32, dtype=dtype),
+                            {"F.group_norm": nn.GroupNorm(32, channels, dtype=dtype)},
+                        ),
+                        (
+                            "LayerNorm over channels", syncnorm.LayerNorm(channels, channel_dim=1, dtype=dtype),
+                            _over_channels(channels, dtype),
+                        ),
+                    ):  # fmt: skip
+                        steps = {key: step(run, x, grad) for key, run in {**peers, name: layer}.items()}
+                        times = interleave(steps, max(arguments.rounds // 3, 5))
+                        for peer in peers:
+                            yield {
+                                "threads": threads, "dtype": _name(dtype), "shape": str(shape), "layout": layout,
+                                "ours": name, "against": peer,
+                                "torch µs": f"{statistics.median(times[peer]) * 1e6:.0f}",
+                                "ratio": str(spread(times, name, peer)),
+                            }  # fmt: skip
+
+
+def _over_channels(channels: int, dtype: torch.dtype) -> dict[str, Layer]:
+    """Layer norm over the channels of ``[N, C, H, W]`` as others write it, and a batch norm to compare with."""
+    weight, bias = (nn.Parameter(torch.full((channels,), value, dtype=dtype)) for value in (1.0, 0.0))
+
+    def permuted(x: Tensor) -> Tensor:  # timm's LayerNorm2d
+        return functional.layer_norm(x.permute(0, 2, 3, 1), (channels,), weight, bias).permute(0, 3, 1, 2)
+
+    def spelled_out(x: Tensor) -> Tensor:  # that of the authors of ConvNeXt
+        d = x - x.mean(1, keepdim=True)
+        x_hat = d / torch.sqrt(d.pow(2).mean(1, keepdim=True) + 1e-5)
+        return weight[:, None, None] * x_hat + bias[:, None, None]
+
+    return {
+        "F.layer_norm, permuted": permuted,
+        "means of torch": spelled_out,
+        "nn.BatchNorm2d": nn.BatchNorm2d(channels, dtype=dtype),
+    }
 
 
 def eval_rows(arguments: argparse.Namespace) -> Iterator[Row]:
