@@ -1,4 +1,7 @@
-"""One fit started by one of Lightning's launchers, as a user's script: python tests/lightning_launch.py ddp_fork out.pt."""
+"""One fit started by one of Lightning's launchers, as a user's script: python tests/lightning_launch.py ddp_fork out.pt.
+
+With ``more`` at the end: in half precision and compiled instead.
+"""
 
 import sys
 from pathlib import Path
@@ -8,7 +11,22 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from syncnorm import SyncNorm
-from tests.lightning_training import Training, kinds, make_trainer
+from tests.lightning_training import FEW, Compiled, CompiledTraining, Training, kinds, make_trainer
+
+
+def fitted(module: Training, strategy: str, *callbacks: Any, **options: Any) -> dict[str, torch.Tensor]:
+    make_trainer(strategy=strategy, callbacks=callbacks, **options).fit(module)
+    return module.state_dict()
+
+
+def more(strategy: str, out: str) -> None:
+    result = {"compiled": fitted(CompiledTraining(), strategy, SyncNorm(), Compiled())}
+    for precision in ("bf16-mixed", "bf16-true"):
+        options = {"precision": precision, "max_steps": FEW}
+        result[precision] = fitted(Training(torch.float32), strategy, SyncNorm(), **options)
+        if strategy == "ddp_fork":  # a second launch costs little here
+            result[f"{precision}, without"] = fitted(Training(torch.float32), strategy, **options)
+    torch.save(result, out)
 
 
 def main(strategy: str, out: str) -> None:
@@ -17,9 +35,7 @@ def main(strategy: str, out: str) -> None:
     trainer.fit(module)
     result: dict[str, Any] = {"state": module.state_dict(), "after": kinds(module)}
     if strategy == "ddp_fork":  # a second launch costs little here
-        plain = Training()
-        make_trainer(strategy=strategy).fit(plain)
-        result["without"] = plain.state_dict()
+        result["without"] = fitted(Training(), strategy)
         refused = Training()
         try:
             make_trainer(strategy=strategy, callbacks=(SyncNorm(to="group_norm", num_groups=2),)).fit(refused)
@@ -31,4 +47,4 @@ def main(strategy: str, out: str) -> None:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    main(*sys.argv[1:]) if len(sys.argv) == 3 else more(*sys.argv[1:3])

@@ -4,6 +4,7 @@ The samples of odd index are shifted, so that the two ranks (each takes every se
 distribution, and a layer that forgets to meet is off by far more than rounding.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -11,6 +12,7 @@ import lightning.pytorch as pl
 import pytorch_lightning as pl_old
 import torch
 from torch import Tensor, nn
+from torch._dynamo.utils import counters
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
@@ -44,16 +46,35 @@ def network(dtype: torch.dtype = torch.float64) -> nn.Sequential:
     ).to(dtype)
 
 
-def by_hand(epochs: int = 1, steps: int | None = None) -> dict[str, Tensor]:
+@functools.cache
+def by_hand(epochs: int = 1, steps: int | None = None, precision: str = "64-true") -> dict[str, Tensor]:
     """State after training in one process on whole batches, with torch alone."""
-    net = network()
+    dtype = {"64-true": torch.float64, "bf16-true": torch.bfloat16, "16-true": torch.float16}.get(
+        precision, torch.float32
+    )
+    half = torch.float16 if precision == "16-mixed" else torch.bfloat16
+    net = network(dtype)
     optimizer = torch.optim.SGD(net.parameters(), LR, MOMENTUM)
-    batches = list(DataLoader(dataset(), GLOBAL_BATCH)) * epochs
+    batches = list(DataLoader(dataset(dtype), GLOBAL_BATCH)) * epochs
     for x, y in batches[:steps]:
         optimizer.zero_grad()
-        nn.functional.cross_entropy(net(x), y).backward()
+        with torch.autocast("cpu", half, enabled=precision.endswith("mixed")):
+            loss = nn.functional.cross_entropy(net(x), y)
+        loss.backward()
         optimizer.step()
     return {f"net.{name}": value.detach() for name, value in net.state_dict().items()}
+
+
+FEW = 3  # steps after which half precision has lost less than a hundredth of what a layer that does not meet is off
+
+
+def lost(state: dict[str, Tensor], precision: str) -> float:
+    """How far ``state`` is from one process of that precision after a few steps, in units of what that one has lost.
+
+    Two runs that round in different places are about as far from the exact one, and at most both their losses apart: 2.
+    """
+    one = by_hand(steps=FEW, precision=precision)
+    return distance(state, one) / distance(one, by_hand(steps=FEW))
 
 
 class _Training:
@@ -113,6 +134,24 @@ class LateTraining(_Training, pl.LightningModule):
             self.net = network()
             if self.build is not None:
                 self.build(self)
+
+
+class CompiledTraining(Training):
+    """Compiled in the process that trains it: a compiled module cannot be sent to another."""
+
+    def configure_model(self) -> None:
+        self.net.forward = torch.compile(self.net.forward, backend="aot_eager")  # type: ignore[method-assign]
+
+
+class Compiled(pl.Callback):
+    """Fails a fit of which nothing was compiled."""
+
+    def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
+        torch._dynamo.reset()
+        counters.clear()
+
+    def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+        assert counters["stats"]["unique_graphs"] > 0, "nothing was compiled"
 
 
 class Probe(pl.Callback, pl_old.Callback):

@@ -6,6 +6,7 @@ import pytest
 import torch
 from lightning.fabric import Fabric
 from torch import nn
+from torch._dynamo.utils import counters
 from torch.utils.data import DataLoader, DistributedSampler
 
 import syncnorm
@@ -15,7 +16,7 @@ from tests.lightning_training import GLOBAL_BATCH, LR, MOMENTUM, TOLERANCE, by_h
 pytestmark = pytest.mark.gloo
 
 
-def train(when: str, precision: str = "64-true") -> dict[str, Any]:
+def train(when: str, precision: str = "64-true", *, compiled: bool = False) -> dict[str, Any]:
     fabric = Fabric(accelerator="cpu", devices=2, strategy="ddp", precision=precision)
     fabric.launch()
     net = network(torch.float64 if precision == "64-true" else torch.float32)
@@ -23,7 +24,10 @@ def train(when: str, precision: str = "64-true") -> dict[str, Any]:
     optimizer = torch.optim.SGD(net.parameters(), LR, MOMENTUM)
     if when == "before":
         syncnorm.convert(net)
-    model, optimizer = fabric.setup(net, optimizer)
+    torch._dynamo.reset()
+    counters.clear()
+    born = torch.compile(net, backend="aot_eager") if compiled else net
+    model, optimizer = fabric.setup(born, optimizer)
     if when == "after":
         assert syncnorm.convert(model) is model
     during = kinds(model)
@@ -35,6 +39,7 @@ def train(when: str, precision: str = "64-true") -> dict[str, Any]:
         optimizer.zero_grad()
         fabric.backward(nn.functional.cross_entropy(model(x), y))
         optimizer.step()
+    assert bool(counters["stats"]["unique_graphs"]) == compiled
     state = {f"net.{name}": value.detach().clone() for name, value in net.state_dict().items()}
     dtypes = {layer.running_var.dtype for layer in net.modules() if hasattr(layer, "running_var")}
     syncnorm.revert(model)
@@ -45,6 +50,7 @@ def train(when: str, precision: str = "64-true") -> dict[str, Any]:
 def train_all() -> dict[str, Any]:
     runs = {when: train(when) for when in ("before", "after", "never")}
     runs |= {"bf16-true": train("before", "bf16-true"), "bf16-true, after": train("after", "bf16-true")}
+    runs |= {f"compiled, {when}": train(when, compiled=True) for when in ("before", "after")}
     return runs | {"bf16-mixed": train("before", "bf16-mixed")}
 
 
@@ -53,7 +59,7 @@ def runs() -> list[dict[str, Any]]:
     return run_ranks(train_all, 2, timeout=90)
 
 
-@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize("when", ["before", "after", "compiled, before", "compiled, after"])
 def test_two_ranks_equal_one_process(runs: list[dict[str, Any]], when: str) -> None:
     for outcome in runs:
         assert outcome[when]["during"] == ["SyncBatchNorm2d", "SyncBatchNorm1d"]

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.lightning_training import TOLERANCE, by_hand, distance
+from tests.lightning_training import TOLERANCE, by_hand, distance, lost
 
 pytestmark = pytest.mark.gloo
 
@@ -22,23 +22,24 @@ LOCAL = ["BatchNorm2d", "BatchNorm1d"]
 def launch(tmp_path_factory: pytest.TempPathFactory) -> Any:
     done: dict[str, Any] = {}
 
-    def run(strategy: str, launcher: tuple[str, ...] = ()) -> dict[str, Any]:
-        if strategy not in done:
+    def run(strategy: str, launcher: tuple[str, ...] = (), *more: str) -> dict[str, Any]:
+        key = " ".join((strategy, *more))
+        if key not in done:
             out = tmp_path_factory.mktemp("launch") / "result.pt"
-            command = [sys.executable, *launcher, SCRIPT, strategy, str(out)]
+            command = [sys.executable, *launcher, SCRIPT, strategy, str(out), *more]
             environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
             process = subprocess.run(
                 command,
                 capture_output=True,
                 text=True,
-                timeout=110,
+                timeout=280 if more else 110,
                 check=False,
                 env=environment,
                 stdin=subprocess.DEVNULL,
             )
             assert process.returncode == 0, process.stderr[-4000:]
-            done[strategy] = torch.load(out, weights_only=True) | {"stderr": process.stderr}
-        return done[strategy]
+            done[key] = torch.load(out, weights_only=True) | {"stderr": process.stderr}
+        return done[key]
 
     return run
 
@@ -67,3 +68,13 @@ def test_another_architecture_is_refused_in_worker_processes(launch: Any) -> Non
         "syncnorm.convert(model, to='group_norm') before Trainer.fit." in run["refused"]
     )
     assert run["refused_after"] == LOCAL
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("strategy", [pytest.param("ddp_spawn", marks=pytest.mark.slow), "ddp_fork"])
+def test_compiled_and_in_half_precision(launch: Any, strategy: str) -> None:
+    run = launch(strategy, (), "more")
+    assert distance(run["compiled"], by_hand()) < TOLERANCE
+    for precision in ("bf16-mixed", "bf16-true"):
+        assert lost(run[precision], precision) < 2
+        assert strategy == "ddp_spawn" or lost(run[f"{precision}, without"], precision) > 20

@@ -205,7 +205,10 @@ def tell_others(input: Tensor, ranks: Group, num_features: int | None = None, si
 
 def validate(input: Tensor, num_features: int | None, input_dims: tuple[int, ...] | None) -> None:
     """Raise what is wrong with ``input`` itself."""
-    if input.dim() < 2 or (input_dims is not None and input.dim() not in input_dims):
+    dims = input.dim()
+    # torch.compile makes symbols of the numbers of a layer under FSDP, which it compares but does not find in a tuple.
+    fits = input_dims is None or dims in input_dims or any(dims == known for known in input_dims)
+    if dims < 2 or not fits:
         wanted = "at least 2" if input_dims is None else " or ".join(map(str, input_dims))
         raise ValueError(f"expected an input [N, C, *] of {wanted} dims, got {list(input.shape)}.")
     if not input.is_floating_point():
