@@ -392,8 +392,9 @@ def test_a_checkpoint_inside_a_compiled_step() -> None:
         assert error <= BOUND
     for per_rank in run_ranks(_checkpoint_in_compile, 2):
         for error, exchanges in per_rank.values():
-            # The compiled recompute is part of the backward graph and makes its exchanges again, alike on all ranks.
-            assert error <= BOUND and exchanges[0] == 3 and exchanges == [3, 6], exchanges
+            # The compiled recompute is part of the backward graph and makes its exchanges again, alike on all ranks; torch
+            # 2.11 keeps those of the forward.
+            assert error <= BOUND and exchanges in ([3, 6], [3, 3]), exchanges
 
 
 def _compiled_in_checkpoint() -> tuple[float, int]:

@@ -22,8 +22,6 @@ __all__ = ["is_recomputing", "is_selective", "recall_call", "remember_call", "un
 
 _MOMENTS = "_syncnorm_moments"
 _REENTRANT = (checkpoint.CheckpointFunction.forward.__code__, checkpoint.CheckpointFunction.backward.__code__)
-# Since torch 2.8. Before, a region of use_reentrant=False is not recognised.
-_top_hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", lambda ignore_is_tracing: None)
 _SELECTIVE = (checkpoint._CachingTorchDispatchMode, checkpoint._CachedTorchDispatchMode)
 
 
@@ -39,7 +37,7 @@ def is_recomputing() -> bool:
 
 def remember_call(site: object, call: Call | None, found: tuple[Any, ...]) -> None:
     """Keep what this forward call took from all ranks with the checkpointed region it runs in, if it runs in one."""
-    if _top_hooks(True) is not None:
+    if torch._C._autograd._top_saved_tensors_default_hooks(True) is not None:
         region = _hook().get("frame")
     elif torch.is_grad_enabled():
         return  # a reentrant region runs its forward without grad
@@ -53,7 +51,7 @@ def remember_call(site: object, call: Call | None, found: tuple[Any, ...]) -> No
 
 def recall_call(site: object, call: Call | None) -> tuple[Any, ...] | None:
     """What the forward call found that this call recomputes, which then goes by its number; None where that is not certain."""
-    if _top_hooks(True) is not None:
+    if torch._C._autograd._top_saved_tensors_default_hooks(True) is not None:
         held = _hook()
         if "target_frame_ref" not in held or not _called_by_checkpoint():
             return None
@@ -94,7 +92,7 @@ def unseen_by_selective_checkpointing() -> AbstractContextManager[None]:
 
 def _hook() -> dict[str, Any]:
     """What the innermost saved-tensors hook closes over, if it is a checkpoint's; empty otherwise."""
-    hooks = _top_hooks(True)
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
     if hooks is None:
         return {}
     pack = getattr(hooks[0], "_torchdynamo_orig_callable", hooks[0])

@@ -23,7 +23,6 @@ __all__ = [
 
 _POSITIONS = 8  # fewer side by side cost more than a copy
 
-_is_exporting = getattr(torch.compiler, "is_exporting", lambda: False)
 _ops = torch.ops.syncnorm  # with the overload named at each call: a packet looks for it every time
 
 
@@ -32,7 +31,7 @@ def objection(x: Tensor) -> str | None:
     reason = native.objection(x)
     if reason is not None:
         return reason
-    if _is_exporting() or torch.jit.is_tracing():
+    if torch.compiler.is_exporting() or torch.jit.is_tracing():
         return "an exported program must run where the native operators are not."
     if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
         return "torch.func's transforms do not see into the native operators."
