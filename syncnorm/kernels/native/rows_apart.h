@@ -42,11 +42,12 @@ void sum_features(int64_t D, int64_t n, Table<A>& block, Table<double>& sums, Te
   for (int64_t start = 0; start < D; start += kFeatures) {
     for (int k = 0; k < K; ++k) std::fill_n(block[k], block.width, A(0));
     each_features(start, std::min(D, start + kFeatures), [&](int64_t c, auto together) {
+      constexpr int64_t kCount = together;
       columns(0, n, [&](int64_t i, auto part) {
         vec_t<A> sum[K];
         for (int k = 0; k < K; ++k) sum[k] = load(block[k] + i);
 #pragma GCC unroll 4
-        for (int64_t j = 0; j < together; ++j) {
+        for (int64_t j = 0; j < kCount; ++j) {
           vec_t<A> out[K];
           terms(c + j, i, part, out);
           for (int k = 0; k < K; ++k) sum[k] += out[k];
@@ -112,12 +113,13 @@ void forward_tile(const ForwardRows<T>& f, const Apart& s, int64_t unit, Table<a
   std::copy_n(scale, n, f.rstd + s.row(unit));
   if (kCentre) std::copy_n(centre, n, f.mean + s.row(unit));
   each_features(0, s.D, [&](int64_t c, auto together) {
+    constexpr int64_t kCount = together;
     columns(0, n, [&](int64_t i, auto part) {
       vec_t<A> m{}, more{};
       const vec_t<A> r = load(scale + i);
       if (kCentre) m = load(centre + i), more = load(shift + i);
 #pragma GCC unroll 4
-      for (int64_t j = 0; j < together; ++j) {
+      for (int64_t j = 0; j < kCount; ++j) {
         const int64_t at = (c + j) * s.S + i;
         prefetch(x + at + ahead);
         const vec_t<A> v = part.load(x + at);
@@ -171,13 +173,14 @@ void backward_tile(
     slope[i] = static_cast<A>(-b * r), offset[i] = static_cast<A>(-a * r), shift[i] = static_cast<A>(-lack * r);
   }
   each_features(0, s.D, [&](int64_t c, auto together) {
-    vec_t<A> dw[together] = {}, db[together] = {};
+    constexpr int64_t kCount = together;
+    vec_t<A> dw[kCount] = {}, db[kCount] = {};
     columns(0, n, [&](int64_t i, auto part) {
       vec_t<A> m{}, more{}, plus{};
       const vec_t<A> r = load(scale + i), b = load(slope + i);
       if (kCentre) m = load(centre + i), plus = load(offset + i), more = load(shift + i);
 #pragma GCC unroll 4
-      for (int64_t j = 0; j < together; ++j) {
+      for (int64_t j = 0; j < kCount; ++j) {
         const int64_t at = (c + j) * s.S + i;
         prefetch(h + at + ahead);
         prefetch(grad + at + ahead);
@@ -190,7 +193,7 @@ void backward_tile(
         dw[j] += g * (kCentre ? v * r + more : v * r), db[j] += g;
       }
     });
-    for (int64_t j = 0; j < together; ++j) {
+    for (int64_t j = 0; j < kCount; ++j) {
       A *to_w = dweight + (c + j) * kLanes, *to_b = dbias + (c + j) * kLanes;
       store(to_w, load(to_w) + dw[j]), store(to_b, load(to_b) + db[j]);
     }
