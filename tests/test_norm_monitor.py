@@ -206,6 +206,21 @@ def test_the_picture_goes_where_the_logs_go(tmp_path: Path, monkeypatch: pytest.
     assert not (tmp_path / "none").exists()
 
 
+def test_tensorboard_reads_numbers_and_picture_back(tmp_path: Path) -> None:
+    accumulators = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    from lightning.pytorch.loggers import TensorBoardLogger
+
+    board, logger = Board(), TensorBoardLogger(tmp_path)
+    fit(Net(), NormMonitor(3), logger=[logger, board])
+    events = accumulators.EventAccumulator(logger.log_dir).Reload()
+    for key in ("sn/gap", "sn/gap_max", "sn/batch", "sn/dead", "sn/saturated"):
+        exact = [(step, pytest.approx(values[key])) for step, values in board.logged if values]
+        assert [(event.step, event.value) for event in events.Scalars(key)] == exact
+    (image,) = events.Images("sn/norms")
+    assert image.step == 15 and image.width > 100 < image.height
+    assert image.encoded_image_string.startswith(b"\x89PNG")
+
+
 def test_every_panel_is_labelled_with_its_unit() -> None:
     values = {"gap": torch.rand(3, 60), "noise": torch.full((3, 60), torch.nan), "drift": torch.rand(3, 60).round()}
     figure = heat_map(values, [f"a.very.long.name.of.a.layer.number.{i}" for i in range(60)], [50, 100, 150])
