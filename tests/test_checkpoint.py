@@ -25,6 +25,7 @@ from torch.utils.checkpoint import (
 
 import syncnorm
 from syncnorm.functional import _checkpoint
+from syncnorm.kernels import objections
 from syncnorm.testing import count_collectives, run_ranks
 from tests.oracles import count_exchanges, my_slice
 
@@ -346,15 +347,19 @@ def test_selective_checkpointing_pairs_the_right_operations() -> None:
 
 
 @pytest.mark.parametrize("saved", [True, False])
-def test_selective_checkpointing_of_a_fused_layer_alone(saved: bool) -> None:
+@pytest.mark.parametrize(
+    "backend", [name for name, reason in objections(torch.empty(2, 3, 4)).items() if reason is None]
+)
+def test_selective_checkpointing_of_a_fused_layer_alone(backend: str, saved: bool) -> None:
     policy = CheckpointPolicy.MUST_SAVE if saved else CheckpointPolicy.PREFER_RECOMPUTE
     contexts = functools.partial(create_selective_checkpoint_contexts, lambda *_args, **_kwargs: policy)
-    layer = syncnorm.SyncBatchNorm1d(3, activation="silu").double()
-    x = torch.randn(6, 3, 40, dtype=torch.float64, requires_grad=True)
+    layer = syncnorm.SyncBatchNorm1d(3, activation="relu", backend=backend).double()
+    x, residual = torch.randn(2, 6, 3, 40, dtype=torch.float64, requires_grad=True)
     gradients = []
-    for run in (layer, lambda x: checkpoint(layer, x, use_reentrant=False, context_fn=contexts)):
+    for run in (layer, functools.partial(checkpoint, layer, use_reentrant=False, context_fn=contexts)):
         layer.reset_running_stats()
-        gradients.append(torch.autograd.grad(run(x).square().sum(), [x, layer.weight, layer.bias]))
+        leaves = [x, residual, layer.weight, layer.bias]
+        gradients.append(torch.autograd.grad(run(x, residual).square().sum(), leaves))
         assert layer.num_batches_tracked == 1
     torch.testing.assert_close(gradients[0], gradients[1])
 

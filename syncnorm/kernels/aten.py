@@ -81,12 +81,14 @@ def batch_normalize(
     """``(x - mean)·rstd·weight + bias`` as one multiply-add per element; residual and activation follow in place."""
     fused = activation is not None or residual is not None
     y = _multiply_add(_wide(x) if fused else x, mean, rstd, weight, bias)
+    # Selective checkpointing may have kept y, and refuses a tensor that was written to since.
+    in_place = torch.compiler.is_compiling() or not torch._C._len_torch_dispatch_stack()
     if residual is not None:
-        y.add_(residual)
+        y = y.add_(residual) if in_place else y + residual
     if activation is None:
         return y.to(x.dtype), None
     mask = pack_bits(y > 0) if residual is not None and activation.is_piecewise_linear else None
-    return activation.apply_(y).to(x.dtype), mask
+    return (activation.apply_(y) if in_place else activation(y)).to(x.dtype), mask
 
 
 def batch_backward_reduce(
