@@ -137,8 +137,9 @@ void write_rows(
           const int64_t at = group + v * kLanes, i = column + v * kLanes;
           const vec_t<A> x = load(to.x + at), g = through<kSource>(activated, view, to, at, i, x, bits >> (v * kLanes));
           const vec_t<A> dx = (x - view.template get<0>(i)) * view.template get<4>(i) + view.template get<5>(i);
+          claim(to.y + at, stream);
           store(to.y + at, g * view.template get<3>(i) + dx, stream);
-          if (kSource != Source::kGrad && to.second) store(to.second + at, g, stream_second);
+          if (kSource != Source::kGrad && to.second) claim(to.second + at, stream_second), store(to.second + at, g, stream_second);
         }
         return 0u;
       });

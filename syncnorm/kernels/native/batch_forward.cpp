@@ -89,6 +89,7 @@ void write_rows(
           vec_t<acc_t<T>> pre = pre_activation(load(to.x + j), view, i + v * kLanes);
           if constexpr (kResidual) pre += load(to.residual + j);
           if constexpr (kMask) bits |= positive_bits(pre) << (v * kLanes);
+          claim(to.y + j, stream);
           store(to.y + j, activated.template apply<kShape>(pre), stream);
         }
         return bits;
