@@ -56,7 +56,7 @@ PARTS: dict[str, Any] = {
     "ranks": bench_ranks.rank_rows,
 }
 TITLES = {
-    "layer": "Batch norm, forward and backward in a group of one: what it costs without the wire",
+    "layer": "Batch norm, forward and backward in a group of one",
     "fused": "Batch norm with what follows it, forward and backward",
     "rows": "Row norms, forward and backward",
     "eval": "The module against F.batch_norm: evaluation, and training without a process group",
