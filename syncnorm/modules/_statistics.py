@@ -104,6 +104,8 @@ class SyncStatistics(Swapped):
             y = self._normalize(input) if mask is None else self._normalize_masked(input, mask)
             return follow(y, residual, activation)
         except (ValueError, TypeError, SyncNormError) as error:
+            if torch.compiler.is_compiling():
+                raise  # Dynamo of torch 2.11 shows the words of an error, but not those that another one takes from it
             raise self._named(error) from error
 
     def _named(self, error: Exception) -> Exception:
