@@ -6,7 +6,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-__all__ = ["constant_while_traced", "not_recomputed"]
+__all__ = ["constant_while_traced", "is_exporting", "not_recomputed"]
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
@@ -18,6 +18,11 @@ def constant_while_traced(function: _Function) -> _Function:
     """
     function._dynamo_marked_constant = True  # type: ignore[attr-defined]
     return function
+
+
+def is_exporting() -> bool:
+    """As ``torch.compiler.is_exporting``, which Dynamo of torch 2.11 takes for always true."""
+    return bool(getattr(torch.compiler, "_is_exporting_flag", False))
 
 
 def not_recomputed(value: Tensor) -> Tensor:

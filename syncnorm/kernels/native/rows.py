@@ -9,7 +9,7 @@ from torch.autograd import forward_ad
 
 from syncnorm.core.activation import Activation
 from syncnorm.core.layout import accumulate_dtype
-from syncnorm.core.traced import constant_while_traced
+from syncnorm.core.traced import constant_while_traced, is_exporting
 from syncnorm.kernels import native
 
 __all__ = [
@@ -31,7 +31,7 @@ def objection(x: Tensor) -> str | None:
     reason = native.objection(x)
     if reason is not None:
         return reason
-    if torch.compiler.is_exporting() or torch.jit.is_tracing():
+    if is_exporting() or torch.jit.is_tracing():
         return "an exported program must run where the native operators are not."
     if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
         return "torch.func's transforms do not see into the native operators."
