@@ -32,14 +32,7 @@ std::tuple<Tensor, Tensor, Tensor> batch_backward_row(
     const Tensor& grad, const Tensor& x, const Tensor& mean, const Tensor& rstd, const OptTensor& weight,
     const OptTensor& bias, int64_t activation, double slope, const OptTensor& side, int64_t width, Words words) {
   const Tensor sums = batch_backward_reduce(grad, x, mean, rstd, weight, bias, activation, slope, side);
-  const int64_t C = x.size(1);
-  const double* in = doubles(sums);
-  const auto options = x.options().dtype(weight ? weight->scalar_type() : at::kDouble);
-  Tensor dbias = at::empty({C}, options), dweight = at::empty({C}, options);
-  AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, dbias.scalar_type(), "syncnorm::batch_backward_row", [&] {
-    std::copy_n(in, C, dbias.data_ptr<scalar_t>());
-    std::copy_n(in + C, C, dweight.data_ptr<scalar_t>());
-  });
+  auto [dbias, dweight] = affine_gradients(doubles(sums), x, weight);
   return {pack_sums(sums, width, words), dbias, dweight};
 }
 

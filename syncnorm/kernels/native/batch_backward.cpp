@@ -205,6 +205,17 @@ std::tuple<Tensor, Tensor> batch_backward_input_and_residual(
   return {outputs.dx, outputs.dresidual};
 }
 
+std::tuple<Tensor, Tensor> affine_gradients(const double* sums, const Tensor& x, const OptTensor& weight) {
+  const int64_t C = x.size(1);
+  const auto options = x.options().dtype(weight ? weight->scalar_type() : at::kDouble);
+  Tensor dbias = at::empty({C}, options), dweight = at::empty({C}, options);
+  AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, dbias.scalar_type(), "syncnorm::affine_gradients", [&] {
+    std::copy_n(sums, C, dbias.data_ptr<scalar_t>());
+    std::copy_n(sums + C, C, dweight.data_ptr<scalar_t>());
+  });
+  return {dbias, dweight};
+}
+
 namespace {
 
 // The whole backward of a group of one: dx, g' for the residual (no elements where it is not asked for), and the gradients of
@@ -226,12 +237,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> batch_backward(
       outputs.write<scalar_t>(inputs, slab, [&](int64_t c) { return std::pair(sums[c] / count, sums[C + c] / count); });
     });
   });
-  const auto options = x.options().dtype(weight ? weight->scalar_type() : at::kDouble);
-  Tensor dbias = at::empty({C}, options), dweight = at::empty({C}, options);
-  AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, dbias.scalar_type(), "syncnorm::batch_backward", [&] {
-    std::copy_n(sums.begin(), C, dbias.data_ptr<scalar_t>());
-    std::copy_n(sums.begin() + C, C, dweight.data_ptr<scalar_t>());
-  });
+  auto [dbias, dweight] = affine_gradients(sums.data(), x, weight);
   return {outputs.dx, needs_residual ? outputs.dresidual : at::empty({0}, x.options()), dbias, dweight};
 }
 
