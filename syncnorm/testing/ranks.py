@@ -84,6 +84,7 @@ def _run_rank(
         store = dist.FileStore(str(Path(folder) / "store"), ranks)
         timeout = timedelta(seconds=group_timeout)
         dist.init_process_group("gloo", store=store, rank=rank, world_size=ranks, timeout=timeout)
+        _await_connections(store, rank, ranks)
         outcome = "value", fn(*args, **kwargs)
     except BaseException:
         outcome = "error", traceback.format_exc()
@@ -96,6 +97,17 @@ def _run_rank(
     if outcome[0] == "value" and dist.is_initialized():
         dist.barrier()  # so that no rank closes its sockets while another still reads from them
         dist.destroy_process_group()
+
+
+def _await_connections(store: dist.Store, rank: int, ranks: int) -> None:
+    """Return when all ranks have their connections.
+
+    ``init_process_group`` returns on one rank while a peer still reads the last bytes of their handshake. If that rank
+    ends then and there, the peer fails in ``connectFullMesh`` (one launch in six of a function that raises at once, on
+    two loaded cores) and not at what the caller wants to see fail.
+    """
+    store.set(f"connected/{rank}", "")
+    store.wait([f"connected/{peer}" for peer in range(ranks)])
 
 
 def _wait(processes: list[Any], awaited: list[Any], timeout: float) -> None:
