@@ -162,20 +162,17 @@ class Segment:
                     f"an earlier exchange of this process group failed ({self._broken}), and its ranks are out of step. "
                     "Destroy the group and make it again on all ranks."
                 )
-            missing = self._op(row, self._handle)
-            if missing != -1:
-                self._finish(row, missing)
+            try:
+                missing = self._op(row, self._handle)
+                if missing != -1:
+                    self._wait(row, missing)
+            except SyncNormMismatch:
+                raise
+            except BaseException as error:  # also Ctrl-C: the others must learn that this rank will not come
+                self._broken = str(error) or type(error).__name__
+                self._leave()
+                raise
         return row
-
-    def _finish(self, row: Tensor, missing: int) -> None:
-        try:
-            self._wait(row, missing)
-        except SyncNormMismatch:
-            raise
-        except BaseException as error:  # also Ctrl-C: the others must learn that this rank will not come
-            self._broken = str(error) or type(error).__name__
-            self._leave()
-            raise
 
     def _wait(self, row: Tensor, missing: int) -> None:
         deadline = time.monotonic() + self._timeout
