@@ -7,6 +7,7 @@ import re
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from syncnorm import modules
 from tests.catalogue import ELSEWHERE, METHODS, Method, inputs, layer
@@ -118,6 +119,23 @@ def test_state_goes_into_another_layer(method: Method) -> None:
     other = method.make().double()
     other.load_state_dict(torch.load(buffer, weights_only=True))
     assert torch.equal(other.eval()(*xs), module.eval()(*xs))
+
+
+class Doubled(nn.Module):
+    def forward(self, parameter: Tensor) -> Tensor:
+        return 2 * parameter
+
+
+@over(METHODS)
+def test_a_parameter_may_be_what_a_parametrization_makes_of_it(method: Method) -> None:
+    module, doubled, xs = layer(method).eval(), layer(method).eval(), inputs(method)
+    for name, parameter in list(module.named_parameters()):
+        parameter.data.mul_(2)
+        if "." not in name:
+            parametrize.register_parametrization(doubled, name, Doubled())
+        else:
+            doubled.get_parameter(name).data.mul_(2)
+    assert torch.equal(doubled(*xs), module(*xs))
 
 
 @over(METHODS)

@@ -7,10 +7,11 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrizations
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pack_sequence, pad_packed_sequence
 
 import syncnorm
-from syncnorm import LayerNormLSTM
+from syncnorm import BatchNormLSTM, LayerNormLSTM
 from syncnorm.functional import _layer_norm_lstm, lstm_layer
 
 SETTINGS = [
@@ -184,6 +185,15 @@ def test_state_copies_dtypes_and_empty_batches() -> None:
     assert fresh.weight_ih_l0.abs().max() <= 5**-0.5
     fresh.flatten_parameters()
     assert repr(LayerNormLSTM(4, 5, 2, batch_first=True)) == "LayerNormLSTM(4, 5, num_layers=2, batch_first=True)"
+
+
+@pytest.mark.parametrize("kind", [LayerNormLSTM, lambda *sizes: BatchNormLSTM(*sizes, max_length=6)])
+def test_weights_may_be_plain_tensors_or_what_a_parametrization_makes(kind) -> None:
+    layer, x = kind(4, 5).eval(), torch.randn(6, 3, 4)
+    want = layer(x)[0]
+    state = {name: value.detach().clone() for name, value in layer.state_dict().items()}
+    assert torch.equal(torch.func.functional_call(kind(4, 5).eval(), state, (x,))[0], want)
+    torch.testing.assert_close(parametrizations.weight_norm(layer, "weight_hh_l0")(x)[0], want)
 
 
 def test_compiles_and_exports() -> None:

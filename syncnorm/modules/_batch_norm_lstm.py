@@ -148,10 +148,10 @@ class BatchNormLSTM(OverRanks, NormLSTM):
             )
         return walked, [
             BatchNorms(
-                self.get_parameter(f"norm_ih{name}"),
-                self.get_parameter(f"norm_hh{name}"),
-                self.get_parameter(f"norm_cell{name}"),
-                self.get_parameter(f"norm_cell_bias{name}") if self.bias else None,
+                getattr(self, f"norm_ih{name}"),
+                getattr(self, f"norm_hh{name}"),
+                getattr(self, f"norm_cell{name}"),
+                getattr(self, f"norm_cell_bias{name}") if self.bias else None,
                 self.get_buffer(f"running_mean{name}"),
                 self.get_buffer(f"running_var{name}"),
                 self.get_buffer(f"num_batches_tracked{name}"),

@@ -34,6 +34,9 @@ class DynamicTanh(nn.Module):
     Reference: Zhu, Chen, He, LeCun & Liu (2025).
     """
 
+    weight: Tensor | None
+    bias: Tensor | None
+
     def __init__(
         self,
         dim: int,
@@ -52,14 +55,13 @@ class DynamicTanh(nn.Module):
             self.register_parameter(name, made)
 
     def forward(self, input: Tensor) -> Tensor:
-        weight, bias = self._parameters["weight"], self._parameters["bias"]
         if input.size(self.channel_dim) != self.dim:
             raise ValueError(
                 f"DynamicTanh: expected {self.dim} features in dim {self.channel_dim}, got an input {list(input.shape)}. "
                 "channel_dim says where the features are."
             )
-        return dynamic_tanh(input, self.alpha, weight, bias, channel_dim=self.channel_dim)
+        return dynamic_tanh(input, self.alpha, self.weight, self.bias, channel_dim=self.channel_dim)
 
     def extra_repr(self) -> str:
-        affine = "" if self._parameters["weight"] is not None else ", elementwise_affine=False"
+        affine = "" if self.weight is not None else ", elementwise_affine=False"
         return f"{self.dim}{affine}" + ("" if self.channel_dim == -1 else f", channel_dim={self.channel_dim}")

@@ -38,6 +38,9 @@ class FilterResponseNorm(nn.Module):
     Reference: Singh & Krishnan (2020), section 3.
     """
 
+    learned_eps: Tensor | None
+    threshold: Tensor | None
+
     def __init__(
         self,
         num_features: int,
@@ -60,14 +63,13 @@ class FilterResponseNorm(nn.Module):
         self.register_parameter("threshold", threshold)
 
     def forward(self, input: Tensor) -> Tensor:
-        learned, threshold = self._parameters["learned_eps"], self._parameters["threshold"]
-        return filter_response_norm(input, self.weight, self.bias, self.eps, learned_eps=learned, threshold=threshold)
+        return filter_response_norm(
+            input, self.weight, self.bias, self.eps, learned_eps=self.learned_eps, threshold=self.threshold
+        )
 
     def extra_repr(self) -> str:
-        learnable = "" if self._parameters["learned_eps"] is None else ", learnable_eps=True"
-        return f"{self.num_features}, eps={self.eps}{learnable}" + (
-            "" if self._parameters["threshold"] is None else ", tlu=True"
-        )
+        learnable = "" if self.learned_eps is None else ", learnable_eps=True"
+        return f"{self.num_features}, eps={self.eps}{learnable}" + ("" if self.threshold is None else ", tlu=True")
 
 
 class TLU(nn.Module):

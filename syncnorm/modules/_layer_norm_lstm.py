@@ -68,10 +68,10 @@ class LayerNormLSTM(NormLSTM):
     def _norms(self, rows: Tensor, sizes: list[int]) -> tuple[list[int], list[LayerNorms]]:
         return sizes, [
             LayerNorms(
-                self.get_parameter(f"norm_ih{name}"),
-                self.get_parameter(f"norm_hh{name}"),
-                self.get_parameter(f"norm_cell{name}"),
-                self.get_parameter(f"norm_cell_bias{name}") if self.bias else None,
+                getattr(self, f"norm_ih{name}"),
+                getattr(self, f"norm_hh{name}"),
+                getattr(self, f"norm_cell{name}"),
+                getattr(self, f"norm_cell_bias{name}") if self.bias else None,
                 self.eps,
             )
             for name, _ in self._passes()

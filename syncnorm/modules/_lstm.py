@@ -133,8 +133,8 @@ class NormLSTM(nn.Module):
             if reverse and flipped is None:
                 flipped = _flipped_rows(sizes, rows.device)
             x = rows if not reverse or flipped is None else rows.index_select(0, flipped)
-            weight_ih, weight_hh = self.get_parameter(f"weight_ih{name}"), self.get_parameter(f"weight_hh{name}")
-            bias = self.get_parameter(f"bias_ih{name}") + self.get_parameter(f"bias_hh{name}") if self.bias else None
+            weight_ih, weight_hh = getattr(self, f"weight_ih{name}"), getattr(self, f"weight_hh{name}")
+            bias = getattr(self, f"bias_ih{name}") + getattr(self, f"bias_hh{name}") if self.bias else None
             hs, cs = lstm_layer(x, walked, (state[0][k], state[1][k]), weight_ih, weight_hh, bias, norms[k])
             # From the rows of all steps, so that a backward from these alone walks the steps of other ranks, too.
             h_n.append(hs.index_select(0, last))
