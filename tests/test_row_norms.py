@@ -276,6 +276,15 @@ def test_autocast_leaves_the_dtype_of_the_input() -> None:
             assert layer(x).dtype == torch.bfloat16 and layer(x.float()).dtype == torch.float32
 
 
+@pytest.mark.parametrize("backend", ["native", "aten", "reference"])
+def test_a_backward_within_autocast_is_as_precise(backend: str) -> None:
+    x = sample(4, 6, dtype=torch.float32).requires_grad_()
+    for layer in (syncnorm.LayerNorm(6, backend=backend), syncnorm.RMSNorm(6, backend=backend)):
+        want = torch.autograd.grad(layer(x).pow(3).sum(), x)[0]
+        with torch.autocast("cpu", torch.bfloat16):
+            assert torch.equal(torch.autograd.grad(layer(x).pow(3).sum(), x)[0], want)
+
+
 def test_bad_requests_are_refused() -> None:
     x = torch.randn(4, 6)
     for residual in (torch.randn(4, 1), torch.randn(4, 6, dtype=torch.float64), torch.randn(4, 6, device="meta")):

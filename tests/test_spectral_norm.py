@@ -173,6 +173,20 @@ def test_zero_vector_and_half_weights() -> None:
     assert largest(half.weight.detach().double().numpy()) == pytest.approx(1, rel=0.02)
 
 
+@pytest.mark.parametrize("norm", ["matrix", "operator"])
+def test_autocast_does_not_make_it_coarse(norm: str) -> None:
+    torch.manual_seed(0)
+    settings = {"input_shape": (6, 6)} if norm == "operator" else {}
+    ours, cast = (syncnorm.spectral_norm(nn.Conv2d(3, 8, 3), norm=norm, **settings) for _ in range(2))
+    cast.load_state_dict(ours.state_dict())
+    want = ours.weight
+    with torch.autocast("cpu", torch.bfloat16):
+        got = cast.weight
+    assert got.dtype == torch.float32 and torch.equal(got, want)
+    for name, value in ours.state_dict().items():
+        assert torch.equal(cast.state_dict()[name], value), name
+
+
 def test_parametrization_comes_off_and_takes_new_weights() -> None:
     layer = syncnorm.spectral_norm(nn.Linear(3, 2))
     layer.weight = torch.ones(2, 3)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional, grad
 
+from syncnorm.core.autocast import without_autocast
 from syncnorm.functional._inputs import accumulate_dtype, check_floating
 
 __all__ = ["ConvolutionMap", "LinearMap", "MatrixMap", "spectral_norm"]
@@ -124,11 +125,12 @@ def spectral_norm(
     linear_map = MatrixMap() if linear_map is None else linear_map
     wide = weight.to(accumulate_dtype(weight.dtype))
     u, v = u.to(wide.dtype), v.to(wide.dtype)
-    with torch.no_grad():
-        for _ in range(num_iterations):
-            u = _unit(linear_map.apply(wide, v), eps)
-            v = _unit(linear_map.adjoint(wide, u), eps)
-    sigma = (u * linear_map.apply(wide, v)).sum()
+    with without_autocast(wide):
+        with torch.no_grad():
+            for _ in range(num_iterations):
+                u = _unit(linear_map.apply(wide, v), eps)
+                v = _unit(linear_map.adjoint(wide, u), eps)
+        sigma = (u * linear_map.apply(wide, v)).sum()
     safe = torch.where(sigma.abs() < eps, torch.full_like(sigma, eps), sigma)
     return (wide / safe).to(weight.dtype), u, v
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from syncnorm.core.activation import Activation
+from syncnorm.core.autocast import without_autocast
 from syncnorm.core.layout import accumulate_dtype
 from syncnorm.kernels import reference_rows as reference
 
@@ -69,7 +70,9 @@ def row_norm_backward(
     wanted = [True, needs_weight, needs_bias]
     dx, dweight, dbias = _layer_backward(wide, x, x.shape[-1:], about, rstd, gamma, gamma, wanted)
     if mean is None:
-        dx.addcmul_(rstd, (wide @ gamma).unsqueeze(-1), value=1 / x.size(-1))
+        with without_autocast(wide):  # of a backward that was called within it
+            products = wide @ gamma
+        dx.addcmul_(rstd, products.unsqueeze(-1), value=1 / x.size(-1))
     return (dx if grad_h is None else dx.add_(grad_h)).to(h.dtype), dweight, dbias
 
 
