@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import syncnorm
 from syncnorm.functional import conditional_affine
-from syncnorm.modules import ConditionalNorm, GroupNorm, LayerNorm
+from syncnorm.modules import ConditionalNorm, GroupNorm, LayerNorm, SwitchableNorm2d
 from syncnorm.testing import RankError, run_ranks
 from tests.oracles import errors, my_slice, randomise_affine, whole_batch
 
@@ -238,16 +238,25 @@ def test_bad_constructions_are_refused() -> None:
     assert own(torch.randn(2, 5, 3), torch.randn(2, 4)).shape == (2, 5, 3)
 
 
-def _one_rank_refuses() -> None:
+def _one_rank_refuses(kind: type[nn.Module]) -> None:
     import torch.distributed as dist
 
-    layer = ConditionalNorm(syncnorm.SyncBatchNorm2d(3), cond_dim=5)
+    layer = ConditionalNorm(kind(3), cond_dim=5)
     layer(torch.randn(4, 3, 2, 2), torch.randn(4, 5 + dist.get_rank()))
 
 
 @pytest.mark.gloo
-def test_a_condition_refused_on_one_rank_is_told_to_the_others() -> None:
+@pytest.mark.parametrize("kind", [syncnorm.SyncBatchNorm2d, SwitchableNorm2d])
+def test_a_condition_refused_on_one_rank_is_told_to_the_others(kind: type[nn.Module]) -> None:
     with pytest.raises(RankError) as caught:
-        run_ranks(_one_rank_refuses, 2)
+        run_ranks(_one_rank_refuses, 2, kind, timeout=30)
     assert "1 of 2 ranks refused their input" in caught.value.errors[0]
+    assert "expected a condition [N, cond_dim] = [4, 5]" in caught.value.errors[1]
+
+
+@pytest.mark.gloo
+def test_a_refused_condition_of_a_norm_that_meets_nobody_is_told_to_nobody() -> None:
+    with pytest.raises(RankError) as caught:
+        run_ranks(_one_rank_refuses, 2, syncnorm.FrozenBatchNorm2d, timeout=30)
+    assert caught.value.errors.keys() == {1}
     assert "expected a condition [N, cond_dim] = [4, 5]" in caught.value.errors[1]

@@ -10,7 +10,7 @@ from torch.nn import functional
 import syncnorm
 from syncnorm.core.activation import Activation
 from syncnorm.kernels import objections
-from syncnorm.modules import BatchRenorm2d, FrozenBatchNorm2d, GhostBatchNorm2d
+from syncnorm.modules import BatchRenorm2d, FrozenBatchNorm2d, GhostBatchNorm2d, MovingAverageBatchNorm2d
 from syncnorm.testing import run_ranks
 
 BACKENDS = [name for name in ("reference", "aten", "native") if objections(torch.empty(2, 3, 4))[name] is None]
@@ -291,16 +291,35 @@ def test_over_ranks(activation: str) -> None:
         assert max(run_ranks(_over_ranks, 3, shards, activation, backend, timeout=60)) <= 1e-12
 
 
-def _one_refuses() -> str:
-    layer, x = syncnorm.SyncBatchNorm2d(5), torch.randn(4, 5, 3, 3)
-    residual = x if torch.distributed.get_rank() else x[:1]
+FAMILIES = {
+    "sync": lambda: syncnorm.SyncBatchNorm2d(5),
+    "masked": lambda: syncnorm.SyncBatchNorm2d(5),
+    "renorm": lambda: BatchRenorm2d(5),
+    "moving average": lambda: MovingAverageBatchNorm2d(5),
+    "ghost": lambda: GhostBatchNorm2d(5, virtual_batch_size=2),
+    "frozen": lambda: FrozenBatchNorm2d(5),
+}
+
+
+def _one_refuses(kind: str) -> tuple[str, bool]:
+    layer, x = FAMILIES[kind](), torch.randn(4, 5, 3, 3)
+    before = copy.deepcopy(dict(layer.named_buffers()))
+    residual = x if torch.distributed.is_initialized() and torch.distributed.get_rank() else x[:1]
     try:
-        layer(x, residual)
+        layer(x, residual, torch.ones(4) if kind == "masked" else None)
+        raised = "nothing"
     except (ValueError, syncnorm.SyncNormError) as error:
-        return type(error).__name__
-    return "nothing"
+        raised = type(error).__name__
+    return raised, all(torch.equal(buffer, before[name]) for name, buffer in layer.named_buffers())
+
+
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_a_refused_residual_changes_nothing(kind: str) -> None:
+    assert _one_refuses(kind) == ("ValueError", True)
 
 
 @pytest.mark.gloo
-def test_a_refused_residual_does_not_leave_the_others_waiting() -> None:
-    assert run_ranks(_one_refuses, 2, timeout=30) == ["ValueError", "SyncNormMismatch"]
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_a_refused_residual_does_not_leave_the_others_waiting(kind: str) -> None:
+    told = "nothing" if kind == "frozen" else "SyncNormMismatch"
+    assert run_ranks(_one_refuses, 2, kind, timeout=30) == [("ValueError", True), (told, True)]

@@ -5,9 +5,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from syncnorm.distributed.exchange import send_poison
-from syncnorm.distributed.ledger import begin_call
 from syncnorm.functional._conditional_norm import conditional_affine
+from syncnorm.modules._mixed_statistics import MixedStatistics
 from syncnorm.modules._statistics import SyncStatistics
 
 __all__ = ["ConditionalNorm"]
@@ -112,7 +111,8 @@ class ConditionalNorm(nn.Module):
         try:
             scale, shift = self._predict(input, condition).chunk(2, -1)
         except (ValueError, TypeError) as error:
-            self._refuse(input)
+            if isinstance(self.norm, SyncStatistics | MixedStatistics):
+                self.norm._tell_others(input)
             raise type(error)(f"ConditionalNorm({type(self.norm).__name__}): {error}") from error
         return conditional_affine(self.norm(input), scale, shift, self.channel_dim)
 
@@ -149,14 +149,6 @@ class ConditionalNorm(nn.Module):
                 )
         looked_up: Tensor = self.projection(condition.long())
         return looked_up
-
-    def _refuse(self, input: Tensor) -> None:
-        """Meet the ranks that wait in a synchronised norm, so that they raise, too."""
-        norm = self.norm
-        if isinstance(norm, SyncStatistics) and norm.training and not torch.compiler.is_compiling():
-            group = norm._group()
-            if group.size > 1:
-                send_poison(norm.num_features, input.device, group, begin_call(norm, group, input))
 
     def extra_repr(self) -> str:
         """The condition, and where the channels are."""

@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from syncnorm.distributed.groups import LOCAL, Group
 from syncnorm.errors import SyncNormError
 from syncnorm.functional._frozen_batch_norm import frozen_batch_norm
 from syncnorm.modules._statistics import SyncStatistics
@@ -59,6 +60,9 @@ class _FrozenBatchNorm(SyncStatistics):
         for name, required in self._required_grad.items():
             self.get_parameter(name).requires_grad_(required)
         del self._required_grad
+
+    def _group(self) -> Group:
+        return LOCAL  # a fixed map meets nobody
 
     def _normalize(self, input: Tensor) -> Tensor:
         if self.running_mean is None or self.running_var is None:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from syncnorm.distributed.groups import LOCAL, Group
+from syncnorm.functional._sync_batch_norm import tell_others
 from syncnorm.modules._over_ranks import OverRanks
 
 __all__ = ["MixedStatistics"]
@@ -85,9 +86,14 @@ class MixedStatistics(OverRanks):
     def _normalize(self, input: Tensor) -> Tensor:
         raise NotImplementedError
 
-    def _statistics(self, *, meets: bool = True) -> dict[str, Any]:
+    def _tell_others(self, input: Tensor) -> None:
+        """Send a refusal to the ranks that would wait for this one in a forward with ``input``."""
+        if self.training:
+            tell_others(input, self._group(), self.num_features, self)
+
+    def _statistics(self) -> dict[str, Any]:
         """What every function of this kind is told about running statistics and ranks."""
-        group: Group = self._group() if self.training and meets else LOCAL
+        group: Group = self._group() if self.training else LOCAL
         return {
             "num_batches_tracked": self.num_batches_tracked,
             "track": self.track_running_stats,

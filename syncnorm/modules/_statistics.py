@@ -14,7 +14,7 @@ from syncnorm.functional import sync_batch_norm
 from syncnorm.functional._fused import check_invertible, check_residual, follow
 from syncnorm.functional._masked_batch_norm import masked_batch_norm
 from syncnorm.functional._nonfinite import OnNonFinite, check_policy
-from syncnorm.functional._sync_batch_norm import evaluate, validate
+from syncnorm.functional._sync_batch_norm import evaluate, tell_others, validate
 from syncnorm.modules._swap import TARGETS, Swapped, check_options
 
 __all__ = ["GHOSTS", "SyncStatistics", "is_synced"]
@@ -101,6 +101,7 @@ class SyncStatistics(Swapped):
         try:
             if mask is None and self.family == "sync_batch_norm":
                 return self._synchronise(input, residual, activation)
+            self._check_residual(input, residual)
             y = self._normalize(input) if mask is None else self._normalize_masked(input, mask)
             return follow(y, residual, activation)
         except (ValueError, TypeError, SyncNormError) as error:
@@ -111,6 +112,19 @@ class SyncStatistics(Swapped):
     def _named(self, error: Exception) -> Exception:
         text = f"{type(self).__name__}({self.num_features}): {error}"
         return SyncNormNonFinite(text, error.ranks) if isinstance(error, SyncNormNonFinite) else type(error)(text)
+
+    def _check_residual(self, input: Tensor, residual: Tensor | None) -> None:
+        # Before anything moves or meets.
+        try:
+            check_residual(input, residual)
+        except ValueError:
+            self._tell_others(input)
+            raise
+
+    def _tell_others(self, input: Tensor) -> None:
+        """Send a refusal to the ranks that would wait for this one in a forward with ``input``."""
+        if self.training:
+            tell_others(input, self._group(), self.num_features, self)
 
     def _normalize(self, input: Tensor) -> Tensor:
         """What a family other than SyncBatchNorm computes, without what follows."""

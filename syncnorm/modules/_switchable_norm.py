@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from syncnorm.distributed.groups import LOCAL, Group
 from syncnorm.functional._switchable_norm import switchable_norm
 from syncnorm.modules._mixed_statistics import MixedStatistics
 
@@ -80,6 +81,9 @@ class _SwitchableNorm(MixedStatistics):
         """Whether batch statistics are part of the mixture."""
         return self.mean_logits.numel() == 3
 
+    def _group(self) -> Group:
+        return super()._group() if self.using_bn else LOCAL
+
     @property
     def mean_weights(self) -> dict[str, Tensor]:
         """Share of each statistic in the mean, by name, as scalars to log; they add up to 1."""
@@ -108,7 +112,7 @@ class _SwitchableNorm(MixedStatistics):
             self.training,
             self.momentum,
             self.eps,
-            **self._statistics(meets=self.using_bn),
+            **self._statistics(),
         )
 
     def extra_repr(self) -> str:
