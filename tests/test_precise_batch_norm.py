@@ -8,7 +8,13 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch import Callback, LightningModule
-from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint, RichProgressBar, TQDMProgressBar
+from lightning.pytorch.callbacks import (
+    EMAWeightAveraging,
+    LearningRateFinder,
+    ModelCheckpoint,
+    RichProgressBar,
+    TQDMProgressBar,
+)
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
@@ -186,6 +192,45 @@ def test_what_is_fixed_stays_fixed() -> None:
     assert not model.net[1].training and model.net[5].training
     hidden = model.net.eval()[:5](data().tensors[0])
     torch.testing.assert_close(model.net[5].running_mean, hidden.mean(0), rtol=1e-4, atol=1e-5)
+
+
+class Prepared(Net):
+    """It sees twice what its loader gives."""
+
+    def on_before_batch_transfer(self, batch: list[Tensor], dataloader_idx: int) -> list[Tensor]:
+        return [2 * batch[0], batch[1]]
+
+
+@pytest.mark.parametrize("precision", ["64-true", "bf16-true"])
+def test_batches_are_prepared_as_for_a_training_step(precision: Any) -> None:
+    model = Prepared()
+    fit(model, PreciseBatchNorm(), precision=precision)
+    seen = model.net[0](torch.cat(model.seen[-4:]))  # the last epoch in whole
+    tolerance = 1e-10 if precision == "64-true" else 0.02  # half a dozen of bfloat16's roundings, each of 2^-9
+    torch.testing.assert_close(
+        model.net[1].running_mean.double(), seen.double().mean(0), rtol=tolerance, atol=tolerance
+    )
+
+
+@pytest.mark.filterwarnings(
+    "ignore:(Found 1 module|You defined a `validation_step`|Be aware that when using `ckpt_path`)"
+)
+def test_what_is_fixed_stays_fixed_in_an_epoch_that_is_resumed(tmp_path: Path) -> None:
+    fit(Net(), ModelCheckpoint(tmp_path, "half", every_n_train_steps=2), enable_checkpointing=True, max_steps=2)
+    model = Net()
+    trainer = make_trainer(callbacks=[PreciseBatchNorm()], devices=1, strategy="auto", max_epochs=1)
+    model.net[1].eval()
+    trainer.fit(model, loader(), ckpt_path=tmp_path / "half.ckpt")
+    assert len(model.seen) == 2
+    kept = torch.load(tmp_path / "half.ckpt", weights_only=True)["state_dict"]["net.1.running_mean"]
+    assert torch.equal(model.net[1].running_mean, kept)
+
+
+def test_a_learning_rate_is_found_before_there_is_data(calls: list) -> None:
+    model = Net()
+    model.lr = 0.05
+    fit(model, LearningRateFinder(num_training_steps=3, update_attr=False), PreciseBatchNorm(), max_epochs=1)
+    assert is_precise(model.net.state_dict()) and len(calls) == 1
 
 
 def test_loaders_of_every_kind(calls: list) -> None:

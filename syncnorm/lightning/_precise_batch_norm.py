@@ -74,8 +74,11 @@ class PreciseBatchNorm(Callback):
         self.before_validation, self.before_save = before_validation, before_save
         self.averaged_model, self.forward = averaged_model, forward
         self._done_at: tuple[int, int] | None = None
-        self._fixed: set[nn.Module] = set()
-        self._is_idle = False
+        self._fixed: set[nn.Module] | None = None
+        self._is_idle = True
+
+    def setup(self, trainer: "Trainer", pl_module: "LightningModule", stage: str) -> None:
+        self._is_idle = True  # until there is data: what tunes the learning rate or batch size saves before
 
     def on_train_start(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
         self._done_at, self._is_idle = None, False
@@ -93,10 +96,15 @@ class PreciseBatchNorm(Callback):
                     "them within epochs: their statistics will be older than their weights. Set save_weights_only=False."
                 )
 
+    def on_train_epoch_start(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
+        self._fixed = None
+
     def on_train_batch_start(
         self, trainer: "Trainer", pl_module: "LightningModule", batch: Any, batch_idx: int
     ) -> None:
-        if batch_idx == 0:  # where a validation has begun, everything is in evaluation mode
+        # At the first batch of the epoch, which a resumed one does not begin with 0. Where a validation has begun,
+        # everything is in evaluation mode.
+        if self._fixed is None:
             self._fixed = {module for module in pl_module.modules() if not module.training}
 
     def on_validation_start(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
@@ -127,13 +135,16 @@ class PreciseBatchNorm(Callback):
         bar = _Bar(trainer, num_batches)
 
         def step(model: nn.Module, batch: Any) -> None:
+            # What Lightning does to a batch before a training step, in its order.
+            batch = trainer.precision_plugin.convert_input(batch)
+            batch = pl_module._on_before_batch_transfer(batch)
             batch = trainer.strategy.batch_to_device(batch)
             with trainer.precision_plugin.forward_context():
                 self._call(model, batch)
             bar.advance()
 
         try:
-            with _modes(pl_module, self._fixed):
+            with _modes(pl_module, self._fixed or set()):
                 recalibrate(model, batches, num_batches, forward=step)
         finally:
             bar.close()
