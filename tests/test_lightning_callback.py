@@ -173,12 +173,22 @@ def test_loading_a_state() -> None:
         ({"process_group": "rack"}, ValueError, '"world" or "node", got \'rack\''),
         ({"backend": "cudnn"}, ValueError, "backend must be one of"),
         ({"include": [nn.BatchNorm2d]}, TypeError, "include takes globs on qualified names here"),
+        (
+            {"to": "group_norm", "num_groups": 8, "options": {"num_groups": 4}},
+            ValueError,
+            "num_groups is given by name and again in options. Give it once.",
+        ),
     ],
 )
 def test_wrong_arguments(arguments: dict[str, Any], error: type[Exception], text: str) -> None:
     with pytest.raises(error) as caught:
         SyncNorm(**arguments)
     assert text in str(caught.value)
+
+
+def test_options_may_hold_what_has_a_name_of_its_own() -> None:
+    named, among = SyncNorm("group_norm", num_groups=4), SyncNorm("group_norm", options={"num_groups": 4})
+    assert named.state_dict() == among.state_dict()
 
 
 def test_the_plugin_refuses_another_architecture() -> None:

@@ -243,6 +243,8 @@ def test_bad_arguments_and_models() -> None:
         fit(without, NormMonitor(1))
     with pytest.raises(ValueError, match=r"net\.9"):
         fit(Net(), NormMonitor(1, include=["net.9"]))
+    with pytest.raises(ValueError, match=r"exclude='net\.9'"):
+        fit(Net(), NormMonitor(1, include="net.*", exclude="net.9"))
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # the next jsonargparse has another name for it

@@ -87,7 +87,7 @@ class NormMonitor(Callback):
         if isinstance(every_n_steps, bool) or not isinstance(every_n_steps, int) or every_n_steps < 1:
             raise ValueError(f"NormMonitor: every_n_steps must be a whole number of at least 1, got {every_n_steps!r}.")
         self.every_n_steps, self.heat_map = every_n_steps, heat_map
-        self.include, self.exclude = list(include), list(exclude)
+        self.include, self.exclude = ([g] if isinstance(g, str) else list(g) for g in (include, exclude))
         # Made once: Lightning asks for it at every hook of every batch.
         self._state_key = self._generate_state_key(include=self.include, exclude=self.exclude)
         self._probe: NormProbe | None = None

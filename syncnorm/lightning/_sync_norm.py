@@ -100,20 +100,19 @@ class SyncNorm(Callback):
             raise ValueError(f"audit_every_n_steps must be at least 1, or None for never; got {audit_every_n_steps}.")
         self.audit_every_n_steps, self._audited = audit_every_n_steps, 0
         self.revert = revert
-        self._surgery = Surgery(
-            to,
-            include,
-            exclude,
-            strict,
-            process_group=process_group,
-            backend=None if backend == "auto" else backend,
-            accumulate=None if accumulate == 1 else accumulate,
-            num_groups=num_groups,
-            virtual_batch_size=virtual_batch_size,
-            r_max=r_max,
-            d_max=d_max,
-            **(options or {}),
-        )
+        named: dict[str, Any] = {
+            "process_group": process_group,
+            "backend": None if backend == "auto" else backend,
+            "accumulate": None if accumulate == 1 else accumulate,
+            "num_groups": num_groups,
+            "virtual_batch_size": virtual_batch_size,
+            "r_max": r_max,
+            "d_max": d_max,
+        }
+        given = {name: value for name, value in named.items() if value is not None}
+        if twice := sorted({*given} & {*(options or {})}):
+            raise ValueError(f"SyncNorm: {', '.join(twice)} is given by name and again in options. Give it once.")
+        self._surgery = Surgery(to, include, exclude, strict, **given, **(options or {}))
         self._warned = False
 
     @property
