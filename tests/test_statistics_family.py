@@ -75,6 +75,15 @@ def test_options_and_layers_that_do_not_fit_are_refused_or_named() -> None:
         syncnorm.convert(nn.Sequential(nn.SyncBatchNorm(4), nn.BatchNorm2d(4)), to="batch_renorm")
 
 
+@pytest.mark.parametrize("to", ["batch_renorm", "frozen_batch_norm", "moving_average_batch_norm"])
+def test_a_layer_without_running_statistics_is_left_where_they_are_needed(to: str) -> None:
+    model = nn.Sequential(nn.BatchNorm2d(4), nn.BatchNorm2d(4, track_running_stats=False))
+    with pytest.warns(UserWarning, match=f"BatchNorm2d \\(1\\): it has no running statistics, which {to} needs"):
+        syncnorm.convert(model, to)
+    assert type(model[1]) is nn.BatchNorm2d and type(model[0]) is not nn.BatchNorm2d
+    model(torch.randn(3, 4, 2, 2))
+
+
 def test_frozen_computes_torchs_evaluation_in_every_mode_and_moves_nothing() -> None:
     plain = nn.BatchNorm2d(3)
     randomise_affine(plain)

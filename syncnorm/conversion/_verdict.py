@@ -17,6 +17,7 @@ __all__ = ["Verdict", "judge", "own_forward"]
 
 _PLAIN = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm, BatchNorm)
 _SYNCED = (SyncBatchNorm, SyncBatchNorm1d, SyncBatchNorm2d, SyncBatchNorm3d)
+_BY_STATISTICS = ("batch_renorm", "frozen_batch_norm", "moving_average_batch_norm")
 _STATE = {"weight", "bias", "running_mean", "running_var", "num_batches_tracked", "_pending"}
 
 
@@ -91,11 +92,11 @@ def own_forward(module: nn.Module) -> str:
 
 
 def _swap(module: nn.Module, to: str, options: dict[str, Any]) -> Verdict:
+    own = type(module).__name__
     if isinstance(module, SyncStatistics) and module.family == to:
         news = [f"process_group={group_spec(options['process_group'])}"] if _regroups(module, options) else []
         others = [name for name in TARGETS[to].parameters if name != "process_group"]
         news += [f"{name}={options[name]}" for name in others if _differs(module, name, options)]
-        own = type(module).__name__
         return (
             Verdict("swap", own, f"new settings: {', '.join(news)}", layer=type(module))
             if news
@@ -104,8 +105,9 @@ def _swap(module: nn.Module, to: str, options: dict[str, Any]) -> Verdict:
             )
         )
     target = target_in_family(type(module), to)
+    if to in _BY_STATISTICS and module._buffers.get("running_mean") is None:
+        return Verdict("skip", own, f"it has no running statistics, which {to} needs; exclude it")
     if target is None:
-        own = type(module).__name__
         return Verdict(
             "skip", own, f"{own} has no counterpart in {to}, which is for BatchNorm1d, 2d and 3d; exclude it"
         )
