@@ -91,6 +91,20 @@ def test_convolutions_of_a_family_come_back_too() -> None:
     assert [type(layer) for layer in module.modules()] == types
 
 
+@pytest.mark.parametrize("run", [{"options": {"on_nonfinite": "raise"}}, {"to": "batch_renorm"}])
+def test_settings_of_a_layer_that_was_synchronised_before_come_back(run: dict[str, Any]) -> None:
+    module = Training()
+    syncnorm.convert(module, include="net.1", on_nonfinite="skip_update")
+    module.net[1].memory_efficient = True
+    before = {name: value for name, value in vars(module.net[1]).items() if name[0] != "_"}
+    surgery = SyncNorm(**run)._surgery
+    surgery.run(module, last=True)
+    assert module.net[1].on_nonfinite != "skip_update"
+    surgery.undo()
+    assert {name: value for name, value in vars(module.net[1]).items() if name[0] != "_"} == before
+    assert type(module.net[1]) is syncnorm.SyncBatchNorm2d and type(module.net[5]) is nn.BatchNorm1d
+
+
 def test_patterns(said: list[str]) -> None:
     assert alone(Training(), SyncNorm(include="net.1"))["during"] == ["SyncBatchNorm2d", "BatchNorm1d"]
     assert alone(Training(), SyncNorm(exclude=["*.1"]))["during"] == ["BatchNorm2d", "SyncBatchNorm1d"]

@@ -21,6 +21,7 @@ from syncnorm.conversion._layers import Layer, display, find_layers
 from syncnorm.conversion._targets import STATISTICS_FAMILIES, TARGET_OPTIONS, check_options
 from syncnorm.distributed import group_spec, resolve
 from syncnorm.modules import SyncStatistics
+from syncnorm.modules._swap import SYNC_BATCH_NORMS_OWN
 
 __all__ = ["Surgery"]
 
@@ -177,13 +178,22 @@ def _matches(glob: str, layer: Layer) -> bool:
 def _undo(module: nn.Module) -> Callable[[], object]:
     """What brings ``module`` back to how it is now; asked before it is converted."""
     if isinstance(module, SyncStatistics):
-        return partial(type(module).adopt, module, **module.settings())
+        own = {name: vars(module)[name] for name in SYNC_BATCH_NORMS_OWN if name in vars(module)}
+        return partial(_adopt_again, module, type(module), module.settings(), own)
     return partial(_release, module)
+
+
+def _adopt_again(module: nn.Module, layer: type[SyncStatistics], settings: dict[str, Any], own: dict[str, Any]) -> None:
+    if isinstance(module, SyncStatistics):  # its user may have reverted it meanwhile
+        layer.adopt(module, **settings)
+        for name in SYNC_BATCH_NORMS_OWN:
+            vars(module).pop(name, None)
+        vars(module).update(own)
 
 
 def _release(module: nn.Module) -> None:
     plain_filters(module)
-    if isinstance(module, SyncStatistics):  # its user may have reverted it meanwhile
+    if isinstance(module, SyncStatistics):
         module.release()
 
 

@@ -20,7 +20,7 @@ from syncnorm.functional._nonfinite import OnNonFinite, check_policy
 from syncnorm.kernels import BACKENDS
 from syncnorm.modules._sharded import sharded_like
 
-__all__ = ["HALVES", "OURS", "TARGETS", "Swapped", "check_options", "register_swap"]
+__all__ = ["HALVES", "OURS", "SYNC_BATCH_NORMS_OWN", "TARGETS", "Swapped", "check_options", "register_swap"]
 
 TARGETS: dict[type[nn.Module], type[Any]] = {}
 """Which class each exact type is swapped to."""
@@ -30,6 +30,9 @@ OURS = (
     "memory_efficient", "on_nonfinite",
 )  # fmt: skip
 """Fields that a layer of torch has not."""
+
+SYNC_BATCH_NORMS_OWN = ("memory_efficient", "on_nonfinite")
+"""Fields that SyncBatchNorm alone has, of the whole family."""
 
 HALVES = (torch.float16, torch.bfloat16)
 
@@ -104,7 +107,7 @@ class Swapped(_BatchNorm):
                 if cls.reverts_to is not module.reverts_to:
                     raise TypeError(f"{cls.__name__} cannot take the place of {type(module).__name__}.")
                 module._leave()
-                for name in ("memory_efficient", "on_nonfinite"):  # which SyncBatchNorm alone has
+                for name in SYNC_BATCH_NORMS_OWN:
                     module.__dict__.pop(name, None)
                 module.__class__ = cls
                 module._arrive(**own)
