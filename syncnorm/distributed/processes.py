@@ -5,12 +5,12 @@ import socket
 from pathlib import Path
 from typing import Any
 
-__all__ = ["host", "identity", "is_running", "look"]
+__all__ = ["boot_id", "host", "identity", "is_running", "look", "number"]
 
 
 def identity() -> dict[str, Any]:
     """This process, as others may look for it."""
-    return {"pid": os.getpid(), "started": look(os.getpid())[1], "host": host()}
+    return {"pid": number(), "started": look(number())[1], "host": host()}
 
 
 def is_running(record: dict[str, Any]) -> bool:
@@ -22,14 +22,30 @@ def is_running(record: dict[str, Any]) -> bool:
 
 def host() -> str:
     """This host, or container: its name, and the boot that it has been up since."""
-    boot = Path("/proc/sys/kernel/random/boot_id")
-    return socket.gethostname() + (f" {boot.read_text().strip()}" if boot.exists() else "")
+    return f"{socket.gethostname()} {boot_id()}".rstrip()
+
+
+def boot_id() -> str:
+    """The boot that this host has been up since; empty where the system does not say, or not to us."""
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    except OSError:
+        return ""
+
+
+def number() -> int:
+    """The number of this process in ``/proc``, where others look for it: its own, but for a namespace that sees its host's."""
+    try:
+        return int(os.readlink("/proc/self"))
+    except OSError:
+        return os.getpid()
 
 
 def look(pid: int) -> tuple[str, str]:
     """State letter of a process and when it started; both empty if it is gone, dead but not yet buried included."""
     try:
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        stat = Path(f"/proc/{pid}/stat").read_bytes()  # the name in it is any bytes, cut after the fifteenth
     except OSError:
         return "", ""
+    fields = stat.rpartition(b")")[2].decode().split()
     return ("", "") if fields[0] in "ZX" else (fields[0], fields[19])

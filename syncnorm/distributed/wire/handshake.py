@@ -7,13 +7,13 @@ rank that is being compiled could issue out of turn.
 
 import os
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 
 from syncnorm.distributed.collectives import group_ranks, group_store, group_timeout
+from syncnorm.distributed.processes import boot_id, number
 from syncnorm.distributed.wire import shm, symmetric
 from syncnorm.distributed.wire.board import Board
 from syncnorm.distributed.wire.crowding import crowded, own_cores, warn
@@ -59,7 +59,7 @@ class Way(NamedTuple):
 def facts(asked: str, device_type: str) -> Facts:
     """The facts of this rank, for rows on a type of device."""
     objection = own_objection(asked, device_type)
-    return Facts(asked, _host(), shm.this_process(), torch.get_num_threads(), own_cores(), objection)
+    return Facts(asked, boot_id(), shm.this_process(), torch.get_num_threads(), own_cores(), objection)
 
 
 def own_objection(asked: str, device_type: str) -> str | None:
@@ -67,14 +67,9 @@ def own_objection(asked: str, device_type: str) -> str | None:
     home = "cuda" if asked == "symmetric" else "cpu"
     if device_type != home:
         return f"it serves rows on {home}, these are on {device_type}."
-    if not _host():
+    if not boot_id():
         return "this system has no boot id to tell hosts apart."
     return symmetric.objection() if asked == "symmetric" else shm.objection()
-
-
-def _host() -> str:
-    boot_id = Path("/proc/sys/kernel/random/boot_id")
-    return boot_id.read_text().strip() if boot_id.exists() else ""
 
 
 def decide(told: Sequence[Facts], members: Sequence[int]) -> tuple[str, str]:
@@ -157,7 +152,7 @@ class _Attempt:
             return [way]
         self._fd, file, self._shared = shm.create(len(self._members))
         self._shared.probe(self._place)
-        return [way, os.getpid(), self._fd, file]
+        return [way, number(), self._fd, file]
 
     def join(self, way: str, *where: Any) -> str | None:
         """Come to what was offered; what failed, in words."""

@@ -17,7 +17,7 @@ import weakref
 import torch
 from torch import Tensor
 
-from syncnorm.distributed.processes import look
+from syncnorm.distributed.processes import look, number
 from syncnorm.errors import SyncNormError, SyncNormMismatch, SyncNormPeerLost, SyncNormTimeout
 from syncnorm.kernels import native
 
@@ -47,7 +47,7 @@ def objection() -> str | None:
 
 def this_process() -> Process:
     """This process, as its peers will look for it."""
-    return os.getpid(), look(os.getpid())[1]
+    return number(), look(number())[1]
 
 
 class Shared:
