@@ -210,9 +210,13 @@ def _lifetimes(folder: str) -> dict[str, Any]:
     out["destroyed"] = _text(in_use, x)
     out["int makes its group again"] = _partner_error(by_int, pair)
 
+    y = world(x).sum()
     dist.barrier()
     dist.destroy_process_group()
     out["no world"] = _text(world, x)
+    with pytest.raises(syncnorm.SyncNormError) as caught:
+        y.backward()
+    out["no world, backward"] = str(caught.value)
     out["no world, int"] = _text(by_int, x)
     out["no world, named"] = _text(in_use, x)
     world.eval()(x)  # evaluation needs no group
@@ -239,6 +243,8 @@ def test_groups_that_come_late_or_go(tmp_path: Path) -> None:
             assert out[name] <= BOUND, (name, out[name])
         for name in ("destroyed", "no world, named", "again, named"):
             assert "does not exist here (any more)" in out[name] and "SyncNormError" in out[name], (name, out[name])
+        assert "does not exist here (any more)" in out["no world, backward"]
+        assert "destroy groups after the last backward" in out["no world, backward"]
         assert "was synchronised over 4 ranks and now there is no process group" in out["no world"]
         assert "syncnorm.revert(model)" in out["no world"] and "syncnorm.disabled(model)" in out["no world"]
         assert "was synchronised over 2 ranks" in out["no world, int"]

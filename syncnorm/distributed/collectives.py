@@ -13,6 +13,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from syncnorm.errors import SyncNormError
+
 __all__ = [
     "all_gather",
     "all_reduce_sum",
@@ -44,10 +46,16 @@ def find_group(name: str) -> dist.ProcessGroup:
     """The process group of that name.
 
     Raises:
-        RuntimeError: If there is none, or no longer.
+        SyncNormError: If there is none, or no longer.
     """
     resolve: Callable[[str], dist.ProcessGroup] = dist.distributed_c10d._resolve_process_group  # type: ignore[assignment, unused-ignore]
-    return resolve(name)
+    try:
+        return resolve(name)
+    except (RuntimeError, ValueError, KeyError) as error:
+        raise SyncNormError(
+            f"the process group {name!r} does not exist here (any more). A layer needs the group of its forward in its "
+            "backward, too: destroy groups after the last backward."
+        ) from error
 
 
 def group_ranks(name: str) -> tuple[int, ...]:
