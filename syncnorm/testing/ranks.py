@@ -67,10 +67,16 @@ def run_ranks(
     context.set_forkserver_preload(_PRELOAD)
     with tempfile.TemporaryDirectory(prefix="syncnorm-ranks-") as folder:
         arguments = [(rank, ranks, folder, group_timeout, not lost, fn, args, kwargs) for rank in range(ranks)]
-        processes = [context.Process(target=_run_rank, args=a, daemon=True) for a in arguments]
-        for process in processes:
-            process.start()
-        _wait(processes, [p for rank, p in enumerate(processes) if rank not in lost], timeout)
+        processes = [
+            context.Process(target=_run_rank, args=a) for a in arguments
+        ]  # a daemon may have no DataLoader workers
+        try:
+            for process in processes:
+                process.start()
+            _wait(processes, [p for rank, p in enumerate(processes) if rank not in lost], timeout)
+        except BaseException:  # Ctrl-C, or a function that cannot be sent
+            _kill(processes)
+            raise
         return _collect(processes, Path(folder), timeout, lost)
 
 
@@ -88,9 +94,12 @@ def _run_rank(
         outcome = "value", fn(*args, **kwargs)
     except BaseException:
         outcome = "error", traceback.format_exc()
+    try:
+        told = pickle.dumps(outcome)
+    except Exception:
+        told = pickle.dumps(("error", f"what the function returned cannot be pickled: {traceback.format_exc()}"))
     partial = Path(folder) / f"{rank}.partial"
-    with partial.open("wb") as file:
-        pickle.dump(outcome, file)
+    partial.write_bytes(told)
     partial.rename(Path(folder) / f"{rank}.done")
     if not meet:
         os._exit(0)  # what waits for a lost rank would wait on
@@ -116,10 +125,16 @@ def _wait(processes: list[Any], awaited: list[Any], timeout: float) -> None:
     while running and time.monotonic() < deadline:
         finished = wait([p.sentinel for p in running], timeout=max(0.0, deadline - time.monotonic()))
         running = [p for p in running if p.sentinel not in finished]
-    for process in processes if len(awaited) < len(processes) else running:
-        process.kill()
+    _kill(processes if len(awaited) < len(processes) else running)
     for process in processes:
         process.join()
+
+
+def _kill(processes: list[Any]) -> None:
+    for process in processes:
+        if process.pid is not None:  # it was started
+            process.kill()
+            process.join()
 
 
 def _collect(processes: list[Any], folder: Path, timeout: float, lost: Collection[int]) -> list[Any]:
