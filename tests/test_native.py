@@ -1,5 +1,7 @@
 """Tier: no process. The native operators: built on request into a cache, opaque to the compiler, explained when missing."""
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -162,6 +164,38 @@ def test_large_outputs_bypass_the_caches_and_are_the_same() -> None:
                 part, part, *affine, means, RELU, 0.0, None
             )  # fmt: skip
             assert all(torch.equal(a[at], b) for a, b in zip(whole, expected, strict=True))
+
+
+_FIRST_LOAD = """
+import sys, threading
+import torch
+from syncnorm.kernels import native
+from syncnorm.kernels.native import rows
+
+sys.setswitchinterval(1e-6)
+start, said, registered = threading.Barrier(4), [], []
+register = torch.library.register_fake
+torch.library.register_fake = lambda name, fake: (registered.append(name), register(name, fake))
+
+def work():
+    start.wait()
+    x = torch.ones(2, 3)
+    said.append((native.objection(x), rows.objection(x)))
+
+threads = [threading.Thread(target=work) for _ in range(4)]
+for thread in threads:
+    thread.start()
+for thread in threads:
+    thread.join()
+assert said == [(None, None)] * 4, said
+assert len(registered) == len(set(registered)) > 0, registered  # torch 2.11 raises at the second
+"""
+
+
+@needs_compiler
+def test_threads_may_come_together_at_the_first_load() -> None:
+    load()
+    subprocess.run([sys.executable, "-c", _FIRST_LOAD], check=True, timeout=60)
 
 
 def load() -> None:

@@ -6,6 +6,7 @@ Used once they are built (``python -m syncnorm build``); until then :func:`objec
 
 from collections.abc import Callable
 from functools import cache
+from threading import RLock
 from typing import Any
 
 import torch
@@ -33,6 +34,8 @@ _CODES = {name: code for code, name in enumerate(ACTIVATIONS, 1)}
 _MASKED = [_CODES[name] for name in ACTIVATIONS if Activation(name).is_piecewise_linear]
 _GROUP = 16  # kGroup of batch.h
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+_registering = RLock()  # fakes cannot be registered twice, and threads that meet in a cached function all run it
 
 
 def objection(x: Tensor) -> str | None:
@@ -65,7 +68,8 @@ def _load() -> str | None:
         torch.ops.load_library(path)
     except OSError as error:
         return f"the native operators did not load ({error}); run `python -m syncnorm build --force`."
-    _register_fakes()
+    with _registering:
+        _register_fakes()
     return None
 
 

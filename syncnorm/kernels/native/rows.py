@@ -110,7 +110,8 @@ def group_norm_backward(
 
 @constant_while_traced
 def _register_fakes() -> None:
-    _registered()
+    with native._registering:
+        _registered()
 
 
 @cache
