@@ -120,6 +120,21 @@ def test_a_full_mask_is_no_mask_and_padding_may_be_nan() -> None:
     assert clean.running_var.isfinite().all()
 
 
+def test_padding_that_is_not_finite_leaves_the_gradients_alone() -> None:
+    x, loss_weight = whole_batch((6, 3, 5))
+    mask = lengths_mask(6, 5)
+    found = []
+    for padding in (0.5, torch.nan, torch.inf):
+        layer = syncnorm.SyncBatchNorm1d(3, dtype=torch.float64)
+        dirty = torch.where(mask[:, None], x, padding).requires_grad_()
+        y = layer(dirty, mask=mask)
+        values = (y * loss_weight).transpose(1, 2)[mask]  # a loss that leaves padding out
+        found.append(torch.autograd.grad(values.square().sum(), [dirty, *layer.parameters()]))
+        assert torch.equal(y.isfinite(), dirty.isfinite())
+    for gradients in found[1:]:
+        torch.testing.assert_close(gradients, found[0], rtol=0, atol=0)
+
+
 def test_compiled_step_equals_eager() -> None:
     x, _ = whole_batch((6, 3, 5))
     mask = lengths_mask(6, 5)

@@ -1,5 +1,6 @@
 """Batch normalisation whose statistics leave out padding, or weigh their samples, over the ranks of a group."""
 
+import torch
 from torch import Tensor
 
 from syncnorm.core.layout import accumulate_dtype
@@ -37,8 +38,8 @@ def masked_batch_norm(
     μ = Σw·x/Σw and σ² = Σw(x - μ)²/Σw with w the mask, each summed over all ranks: their true counts, whatever share of a
     rank's values is padding. The running variance is Σw(x - μ)²/(Σw - 1). *Every* value is normalised, masked or not, and
     the gradient is that of this function: multiply the output by the mask where padding must stay zero. Values that do not
-    count may be anything, also NaN, which stays where it is. One all-reduce forward and one backward. Plain tensor
-    operations, so slower than the layer without a mask.
+    count may be anything, also NaN, which stays where it is and, if the loss leaves it out, in no gradient. One all-reduce
+    forward and one backward. Plain tensor operations, so slower than the layer without a mask.
 
     Args:
         input: ``[N, C, *]``, any floating dtype and layout; shards may be uneven or empty.
@@ -83,17 +84,20 @@ def masked_batch_norm(
             running_mean, running_var, num_batches_tracked, momentum, pending, accumulate,
             skip_nonfinite=on_nonfinite == "skip_update",
         )  # fmt: skip
+    # What is not finite and does not count: its gradient, though multiplied by 0, would make γ's NaN.
+    counts = (weights > 0) | input.isfinite()
+    x = torch.where(counts, input, 0.0)
     mean, var = sync_moments(
-        input, ranks, weights=weights, running=running, site=site, refuse_one_value=True,
+        x, ranks, weights=weights, running=running, site=site, refuse_one_value=True,
         refuses_nonfinite=on_nonfinite == "raise",
     )  # fmt: skip
     wide = accumulate_dtype(input.dtype)
     scale = (var + eps).rsqrt()
     scale = (scale if weight is None else scale * weight).to(wide)
-    y = (input.to(wide) - beside(mean.to(wide), input)) * beside(scale, input)
+    y = (x.to(wide) - beside(mean.to(wide), x)) * beside(scale, x)
     if bias is not None:
-        y = y + beside(bias.to(wide), input)
-    return y.to(input.dtype)
+        y = y + beside(bias.to(wide), x)
+    return torch.where(counts, y.to(input.dtype), input.detach())
 
 
 def _weights(input: Tensor, mask: Tensor) -> Tensor:
