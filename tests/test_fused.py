@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.nn import functional
 
 import syncnorm
@@ -93,6 +94,16 @@ def test_evaluation(activation: str, with_residual: bool) -> None:
     with torch.no_grad():
         assert (fused(x, residual) - composed(x, residual)).abs().max() <= 2e-6
         assert torch.export.export(fused, (x, residual)).module()(x, residual).equal(composed(x, residual))
+
+
+def test_evaluation_has_forward_mode_derivatives() -> None:
+    fused, composed = (layer.eval().requires_grad_(False) for layer in layers("silu"))
+    x, tangent, residual = torch.randn(3, 4, 5, 7, 3, dtype=torch.float64)
+    found = []
+    for layer in (fused, composed):
+        with forward_ad.dual_level():
+            found.append(forward_ad.unpack_dual(layer(forward_ad.make_dual(x, tangent), residual)).tangent)
+    torch.testing.assert_close(*found, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -5,6 +5,7 @@ Evaluation and a group of one are ``torch.nn.functional.batch_norm`` itself, bit
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.nn import functional
 
 from syncnorm.core.activation import Activation, find_activation
@@ -223,7 +224,9 @@ def validate(input: Tensor, num_features: int | None, input_dims: tuple[int, ...
 def _kernel_evaluates(input: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None) -> bool:
     if torch.compiler.is_compiling() or torch.jit.is_tracing() or not input.numel():
         return False
-    return not needs_grad(input, weight, bias, residual) and not torch._C._are_functorch_transforms_active()
+    if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
+        return False  # the kernels have no forward-mode derivative
+    return not needs_grad(input, weight, bias, residual)
 
 
 def _in_dtype(input: Tensor, *tensors: Tensor | None) -> list[Tensor | None]:
