@@ -304,6 +304,18 @@ def test_inference_mode_leaves_a_layer_that_can_train(backend: str) -> None:
         torch.testing.assert_close(a, b)
 
 
+@pytest.mark.parametrize("dtype", [torch.int32, torch.float32])
+def test_a_counter_of_another_dtype_counts(dtype: torch.dtype) -> None:
+    layer, torchs = syncnorm.SyncBatchNorm2d(3, activation="relu"), nn.BatchNorm2d(3)
+    x = torch.randn(4, 3, 2, 2)
+    for norm in (layer, torchs):
+        state = norm.state_dict()
+        norm.load_state_dict({**state, "num_batches_tracked": torch.tensor(5, dtype=dtype)}, assign=True)
+        norm(x)
+        assert norm.num_batches_tracked == torch.tensor(6) and norm.num_batches_tracked.dtype == dtype
+    torch.testing.assert_close(layer.running_var, torchs.running_var)
+
+
 def test_reset_starts_again() -> None:
     layer = _used(syncnorm.SyncBatchNorm2d(3, accumulate=2))
     layer(torch.randn(4, 3, 2, 2))  # the first of two micro-batches

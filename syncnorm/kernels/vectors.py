@@ -35,6 +35,7 @@ def update_running(running: RunningStatistics, batch: Moments) -> None:
         or running.pending is not None
         or running.skip_nonfinite
         or not running.tracked
+        or (counter is not None and counter.dtype != torch.int64)
         or not _serves(batch.count, batch.mean, batch.m2, mean, var, *(() if counter is None else (counter,)))
     ):
         core_running.update_running(running, batch)
