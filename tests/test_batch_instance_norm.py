@@ -178,6 +178,15 @@ def test_gradcheck() -> None:
     assert torch.autograd.gradgradcheck(run, (x, rho, *affine))
 
 
+def test_torch_func_has_its_gradient_in_training() -> None:
+    layer, x = BatchInstanceNorm2d(3, dtype=torch.float64), torch.randn(4, 3, 2, 2, dtype=torch.float64)
+    layer.rho.data.copy_(torch.tensor([1.5, -0.25, 0.5]))
+    state = {name: buffer.clone() for name, buffer in layer.named_buffers()}
+    got = torch.func.grad(lambda x: torch.func.functional_call(layer, state, (x,)).pow(3).sum())(x)
+    x.requires_grad_()
+    torch.testing.assert_close(got, torch.autograd.grad(layer(x).pow(3).sum(), x)[0])
+
+
 def test_layouts_and_empty_batches() -> None:
     ours, _ = pair((8, 3, 4, 5))
     x = whole_batch((8, 3, 4, 5))[0]

@@ -7,6 +7,7 @@ import re
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.nn.utils import parametrize
 
 from syncnorm import modules
@@ -107,6 +108,19 @@ def test_exports_in_evaluation(method: Method) -> None:
         want = module(*xs)
         exported = torch.export.export(module, xs)
         torch.testing.assert_close(exported.module()(*xs), want, rtol=0, atol=1e-11)
+
+
+@over(TRACED)
+def test_evaluation_has_forward_mode_derivatives_and_is_vmapped(method: Method) -> None:
+    module, (x, *more) = layer(method).eval().requires_grad_(False), inputs(method)
+    tangent = torch.randn_like(x)
+    step = 1e-6
+    want = (module(x + step * tangent, *more) - module(x - step * tangent, *more)) / (2 * step)
+    with forward_ad.dual_level():
+        got = forward_ad.unpack_dual(module(forward_ad.make_dual(x, tangent), *more)).tangent
+    torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-6)
+    both = torch.vmap(lambda x: module(x, *more))(torch.stack([x, 2 * x]))
+    torch.testing.assert_close(both, torch.stack([module(x, *more), module(2 * x, *more)]), rtol=0, atol=1e-11)
 
 
 @over(METHODS)

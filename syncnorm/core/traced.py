@@ -1,12 +1,13 @@
-"""What a function says to a compiler that traces it."""
+"""What a function says to a compiler that traces it, and whether somebody transforms it."""
 
 from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
-__all__ = ["constant_while_traced", "is_exporting", "not_recomputed"]
+__all__ = ["constant_while_traced", "is_exporting", "is_transformed", "not_recomputed"]
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
@@ -23,6 +24,11 @@ def constant_while_traced(function: _Function) -> _Function:
 def is_exporting() -> bool:
     """As ``torch.compiler.is_exporting``, which Dynamo of torch 2.11 takes for always true."""
     return bool(getattr(torch.compiler, "_is_exporting_flag", False))
+
+
+def is_transformed() -> bool:
+    """Whether a transform of torch.func or a forward-mode derivative goes through the operations called here."""
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
 def not_recomputed(value: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from syncnorm.core.activation import Activation
+from syncnorm.core.traced import is_transformed
 from syncnorm.functional._inputs import channels_are_inner, with_layout_of
 from syncnorm.functional._walk import apply_function
 from syncnorm.kernels import reference_rows
@@ -82,7 +83,7 @@ def _records_itself(kernel: RowBackend, x: Tensor, lean: bool) -> bool:
     """
     if kernel is not _ATEN and kernel is not _REFERENCE:
         return False
-    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+    if torch.compiler.is_compiling() or is_transformed():
         return True
     return kernel is _ATEN and (lean or x.device.type != "cpu" or not x.numel())
 

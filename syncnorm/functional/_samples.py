@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from syncnorm.core.layout import accumulate_dtype
+from syncnorm.core.traced import is_transformed
 from syncnorm.functional._walk import apply_function
 from syncnorm.kernels import choose
 
@@ -63,13 +64,13 @@ def normalize_samples(x: Tensor, mean: Tensor | None, scale: Tensor, shift: Tens
 
 def are_rows(x: Tensor) -> bool:
     """Whether the moments of ``x`` are those of the rows of :func:`sample_rows`, and are asked for outside of a trace."""
-    # Traced, the plain formulas are what Inductor fuses best; and torch.func transforms them.
+    # Traced, the plain formulas are what Inductor fuses best; and transforms go through them.
     return (
         x.dim() > 2
         and x.is_contiguous()
         and x.numel() > x.size(0) * x.size(1)  # a single value is its own mean to the bit
         and not torch.compiler.is_compiling()
-        and not torch._C._are_functorch_transforms_active()
+        and not is_transformed()
     )
 
 

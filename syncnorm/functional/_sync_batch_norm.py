@@ -5,12 +5,12 @@ Evaluation and a group of one are ``torch.nn.functional.batch_norm`` itself, bit
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 from torch.nn import functional
 
 from syncnorm.core.activation import Activation, find_activation
 from syncnorm.core.layout import flatten, flatten_like, unflatten
 from syncnorm.core.running import RunningStatistics
+from syncnorm.core.traced import is_transformed
 from syncnorm.distributed.exchange import send_poison
 from syncnorm.distributed.groups import Group, group_spec, resolve
 from syncnorm.distributed.ledger import begin_call
@@ -224,9 +224,7 @@ def validate(input: Tensor, num_features: int | None, input_dims: tuple[int, ...
 def _kernel_evaluates(input: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None) -> bool:
     if torch.compiler.is_compiling() or torch.jit.is_tracing() or not input.numel():
         return False
-    if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
-        return False  # the kernels have no forward-mode derivative
-    return not needs_grad(input, weight, bias, residual)
+    return not needs_grad(input, weight, bias, residual) and not is_transformed()
 
 
 def _in_dtype(input: Tensor, *tensors: Tensor | None) -> list[Tensor | None]:

@@ -140,11 +140,12 @@ def _dense(x: Tensor) -> Tensor:
     """``x`` in a layout that torch's group norm takes: contiguous, or 4 or 5 dims with channels innermost."""
     if x.dim() == 3 and not x.is_contiguous():
         x = x.unsqueeze(2)
-    return x if x.dim() in (4, 5) and x.is_contiguous(memory_format=_channels_last(x)) else x.contiguous()
+    return x if _is_channels_last(x) else x.contiguous()
 
 
-def _channels_last(x: Tensor) -> torch.memory_format:
-    return torch.channels_last if x.dim() == 4 else torch.channels_last_3d
+def _is_channels_last(x: Tensor) -> bool:
+    # Not is_contiguous(memory_format=...), which torch.func.vmap does not know.
+    return x.dim() in (4, 5) and x.movedim(1, -1).is_contiguous()
 
 
 def _recentre(x: Tensor, num_groups: int) -> tuple[Tensor, Tensor | None]:
@@ -154,9 +155,7 @@ def _recentre(x: Tensor, num_groups: int) -> tuple[Tensor, Tensor | None]:
     output is off by 1.6 (torch 2.13). The mean of one row will do as the number: what is lost is then at most the
     precision times the number of rows.
     """
-    if x.device.type != "cpu" or x.dim() not in (4, 5) or not x.numel():
-        return x, None
-    if not x.is_contiguous(memory_format=_channels_last(x)):
+    if x.device.type != "cpu" or not x.numel() or not _is_channels_last(x):
         return x, None
     row = x.detach().select(2, x.size(2) // 2).flatten(2)
     row_mean = row.mean(2, dtype=accumulate_dtype(x.dtype))

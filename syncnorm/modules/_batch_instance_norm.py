@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from syncnorm.core.traced import is_transformed
 from syncnorm.functional._batch_instance_norm import batch_instance_norm
 from syncnorm.modules._mixed_statistics import MixedStatistics
 
@@ -67,7 +68,7 @@ class _BatchInstanceNorm(MixedStatistics):
         nn.init.ones_(self.rho)
 
     def _normalize(self, input: Tensor) -> Tensor:
-        if self.training:
+        if self.training and not is_transformed():  # torch.func's refuse it, and it changes no result
             # Through .data: a forward that is still to have its backward has saved ρ, with the values it keeps here.
             self.rho.data.clamp_(0, 1)
         return batch_instance_norm(
