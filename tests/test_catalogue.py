@@ -152,6 +152,51 @@ def test_a_parameter_may_be_what_a_parametrization_makes_of_it(method: Method) -
     assert torch.equal(doubled(*xs), module(*xs))
 
 
+MADE_BY_OTHERS = ("weight_", "spectral_norm")  # torch's parametrizations have nothing to reset them
+UNSET = ("RunningNorm", "Standardize", "MinMaxScale")  # no parameters; statistics come from a checkpoint or from data
+
+
+@over([method for method in METHODS if not method.name.startswith((*MADE_BY_OTHERS, *UNSET))])
+def test_born_on_meta_and_reset_it_is_as_new(method: Method) -> None:
+    with torch.device("meta"):
+        module = method.make()
+    assert repr(module)
+    module.to_empty(device="cpu")
+    for tensor in (*module.parameters(), *module.buffers()):
+        tensor.detach().fill_(7 if tensor.dtype == torch.int64 else torch.nan)  # whatever the memory held
+    for part in reversed(list(module.modules())):  # a layer after what it is made of
+        if hasattr(part, "reset_parameters") or [*part.parameters(recurse=False), *part.buffers(recurse=False)]:
+            part.reset_parameters()
+    torch.manual_seed(0)
+    new = method.make()
+    torch.manual_seed(0)
+    for part in module.modules():
+        if isinstance(part, nn.Conv1d | nn.Conv2d | nn.Conv3d):
+            part.reset_parameters()  # at random
+    assert_same(module.state_dict(), new.state_dict())
+
+
+def test_what_no_state_dict_has_is_as_new_after_to_empty() -> None:
+    with torch.device("meta"):
+        born = [modules.BatchRenorm1d(3, r_max=2.0, d_max=0.5), modules.MovingAverageBatchNorm1d(3, window=2)]
+        born += [modules.SyncBatchNorm1d(3, accumulate=2)]
+    x = torch.randn(8, 3)
+    for module, new in zip(
+        born,
+        (
+            modules.BatchRenorm1d(3, r_max=2.0, d_max=0.5),
+            modules.MovingAverageBatchNorm1d(3, window=2),
+            modules.SyncBatchNorm1d(3, accumulate=2),
+        ),
+        strict=True,
+    ):
+        assert repr(module) == repr(new)
+        module.to_empty(device="cpu").load_state_dict(new.state_dict())
+        for _ in range(2):
+            assert torch.equal(module(x), new(x))
+        assert_same(module.state_dict(), new.state_dict())
+
+
 @over(METHODS)
 def test_copies_and_pickles(method: Method) -> None:
     module, xs = layer(method).eval(), inputs(method)

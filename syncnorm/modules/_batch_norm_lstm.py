@@ -119,6 +119,11 @@ class BatchNormLSTM(OverRanks, NormLSTM):
                 send_refusal(1, device, self._group())
             raise
 
+    def reset_parameters(self) -> None:
+        """As :meth:`NormLSTM.reset_parameters`; statistics start again, too."""
+        super().reset_parameters()
+        self.reset_running_stats()
+
     def reset_running_stats(self) -> None:
         """Statistics as they were at the start: mean 0, variance 1, no batches."""
         for name, _ in self._passes():

@@ -1,9 +1,11 @@
 """Batch renormalisation layers over all ranks, with the state of torch's batch norm."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import Self
 
 from syncnorm.distributed.groups import LOCAL
 from syncnorm.errors import SyncNormError
@@ -50,6 +52,7 @@ class _BatchRenorm(SyncStatistics):
 
     family = "batch_renorm"
     _limits: Tensor
+    _given: tuple[float, float]  # what was set, for limits on the meta device
     _clip_rate: Tensor
 
     def __init__(
@@ -79,6 +82,7 @@ class _BatchRenorm(SyncStatistics):
         for name in ("_limits", "_clip_rate"):
             buffer = torch.zeros(2, dtype=torch.float64, device=self.running_mean.device)
             self.register_buffer(name, buffer, persistent=False)
+        self._given = (r_max, d_max)
         self.r_max, self.d_max = r_max, d_max
 
     def settings(self) -> dict[str, Any]:
@@ -87,34 +91,44 @@ class _BatchRenorm(SyncStatistics):
 
     def _leave(self) -> None:
         self._drop_buffers("_limits", "_clip_rate")
+        del self._given
 
     @property
     def r_max(self) -> float:
         """Largest correction of the scale."""
-        return float(self._limits[0])
+        return self._given[0] if self._limits.is_meta else float(self._limits[0])
 
     @r_max.setter
     def r_max(self, value: float) -> None:
         if not value >= 1:
             raise ValueError(f"r_max must be at least 1 (1 is no correction), got {value}.")
         self._limits[0] = value
+        self._given = (float(value), self._given[1])
 
     @property
     def d_max(self) -> float:
         """Largest correction of the mean, in standard deviations."""
-        return float(self._limits[1])
+        return self._given[1] if self._limits.is_meta else float(self._limits[1])
 
     @d_max.setter
     def d_max(self, value: float) -> None:
         if not value >= 0:
             raise ValueError(f"d_max must be at least 0 (0 is no correction), got {value}.")
         self._limits[1] = value
+        self._given = (self._given[0], float(value))
 
     @property
     def clip_rate(self) -> tuple[float, float]:
         """Shares of channels whose r and d the last training batch had clipped."""
         r, d = self._clip_rate.tolist()
         return r, d
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        was_meta = self._limits.is_meta
+        super()._apply(fn, recurse)
+        if was_meta and not self._limits.is_meta:
+            self.r_max, self.d_max = self._given
+        return self
 
     def _normalize(self, input: Tensor) -> Tensor:
         if self.running_mean is None or self.running_var is None:

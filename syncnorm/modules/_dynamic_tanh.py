@@ -48,11 +48,18 @@ class DynamicTanh(nn.Module):
         channel_dim: int = -1,
     ) -> None:
         super().__init__()
-        self.dim, self.channel_dim = dim, channel_dim
-        self.alpha = nn.Parameter(torch.full((1,), float(alpha), device=device, dtype=dtype))
-        for name, value in (("weight", 1.0), ("bias", 0.0)):
-            made = nn.Parameter(torch.full((dim,), value, device=device, dtype=dtype)) if elementwise_affine else None
+        self.dim, self.channel_dim, self._first_alpha = dim, channel_dim, float(alpha)
+        self.alpha = nn.Parameter(torch.empty(1, device=device, dtype=dtype))
+        for name in ("weight", "bias"):
+            made = nn.Parameter(torch.empty(dim, device=device, dtype=dtype)) if elementwise_affine else None
             self.register_parameter(name, made)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Forget what was learned."""
+        for parameter, value in ((self.alpha, self._first_alpha), (self.weight, 1.0), (self.bias, 0.0)):
+            if parameter is not None:
+                nn.init.constant_(parameter, value)
 
     def forward(self, input: Tensor) -> Tensor:
         if input.size(self.channel_dim) != self.dim:

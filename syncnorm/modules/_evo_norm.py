@@ -43,9 +43,15 @@ class EvoNormS0(nn.Module):
         super().__init__()
         check_groups("EvoNormS0", num_features, num_groups)
         self.num_features, self.num_groups, self.eps = num_features, num_groups, eps
-        self.weight = nn.Parameter(torch.ones(num_features, device=device, dtype=dtype))
-        self.bias = nn.Parameter(torch.zeros(num_features, device=device, dtype=dtype))
-        self.v = nn.Parameter(torch.ones(num_features, device=device, dtype=dtype))
+        self.weight, self.bias, self.v = (
+            nn.Parameter(torch.empty(num_features, device=device, dtype=dtype)) for _ in range(3)
+        )
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Forget what was learned."""
+        for parameter, value in ((self.weight, 1.0), (self.bias, 0.0), (self.v, 1.0)):
+            nn.init.constant_(parameter, value)
 
     def forward(self, input: Tensor) -> Tensor:
         return evo_norm_s0(input, self.num_groups, self.v, self.weight, self.bias, self.eps)

@@ -38,6 +38,8 @@ class FilterResponseNorm(nn.Module):
     Reference: Singh & Krishnan (2020), section 3.
     """
 
+    weight: Tensor
+    bias: Tensor
     learned_eps: Tensor | None
     threshold: Tensor | None
 
@@ -55,12 +57,18 @@ class FilterResponseNorm(nn.Module):
         if eps < 0 or (eps == 0 and not learnable_eps):
             raise ValueError(f"FilterResponseNorm: eps must be positive, got {eps}. The paper uses 1e-6.")
         self.num_features, self.eps = num_features, eps
-        self.weight = nn.Parameter(torch.ones(num_features, device=device, dtype=dtype))
-        self.bias = nn.Parameter(torch.zeros(num_features, device=device, dtype=dtype))
-        learned = nn.Parameter(torch.full((1,), 1e-4, device=device, dtype=dtype)) if learnable_eps else None
-        self.register_parameter("learned_eps", learned)
-        threshold = nn.Parameter(torch.zeros(num_features, device=device, dtype=dtype)) if tlu else None
-        self.register_parameter("threshold", threshold)
+        sizes = {"weight": num_features, "bias": num_features}
+        sizes |= {"learned_eps": 1 if learnable_eps else 0, "threshold": num_features if tlu else 0}
+        for name, size in sizes.items():
+            made = nn.Parameter(torch.empty(size, device=device, dtype=dtype)) if size else None
+            self.register_parameter(name, made)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Forget what was learned."""
+        for name, value in (("weight", 1.0), ("bias", 0.0), ("learned_eps", 1e-4), ("threshold", 0.0)):
+            if (parameter := getattr(self, name)) is not None:
+                nn.init.constant_(parameter, value)
 
     def forward(self, input: Tensor) -> Tensor:
         return filter_response_norm(
@@ -89,7 +97,12 @@ class TLU(nn.Module):
     def __init__(self, num_features: int, device: Any = None, dtype: Any = None) -> None:
         super().__init__()
         self.num_features = num_features
-        self.threshold = nn.Parameter(torch.zeros(num_features, device=device, dtype=dtype))
+        self.threshold = nn.Parameter(torch.empty(num_features, device=device, dtype=dtype))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Forget what was learned."""
+        nn.init.zeros_(self.threshold)
 
     def forward(self, input: Tensor) -> Tensor:
         return thresholded_linear_unit(input, self.threshold)

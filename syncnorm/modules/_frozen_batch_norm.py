@@ -48,8 +48,6 @@ class _FrozenBatchNorm(SyncStatistics):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(num_features, eps, affine=affine, device=device, dtype=dtype)
-        assert self.running_var is not None
-        self.running_var.fill_(1 - eps)
         self._arrive()
 
     def _arrive(self) -> None:
@@ -60,6 +58,12 @@ class _FrozenBatchNorm(SyncStatistics):
         for name, required in self._required_grad.items():
             self.get_parameter(name).requires_grad_(required)
         del self._required_grad
+
+    def reset_running_stats(self) -> None:
+        """The identity again, up to weight and bias: mean 0, variance 1 - eps."""
+        super().reset_running_stats()
+        if self.running_var is not None:
+            self.running_var.fill_(1 - self.eps)
 
     def _group(self) -> Group:
         return LOCAL  # a fixed map meets nobody

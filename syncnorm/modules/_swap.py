@@ -221,7 +221,11 @@ class Swapped(_BatchNorm):
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for name, old in before.items():
             new = self._buffers.get(name)
-            if old is None or new is None or new.dtype == old.dtype:
+            if old is None or new is None:
+                continue
+            if name in _WIDE and old.is_meta and not new.is_meta:
+                new.zero_()  # to_empty leaves what the memory held, and no state dict has these
+            if new.dtype == old.dtype:
                 continue
             if name in _WIDE or (new.dtype in HALVES and old.dtype not in HALVES):
                 self._buffers[name] = old.to(new.device) if not new.is_meta else torch.empty_like(new, dtype=old.dtype)
