@@ -1,5 +1,8 @@
 """What the tests of the command line examine, by name."""
 
+import sys
+
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -34,6 +37,25 @@ def left() -> tuple[Tensor, nn.Module]:
 
 def broken() -> nn.Module:
     raise RuntimeError("no weights\nin two lines")
+
+
+def leaving() -> nn.Module:
+    sys.exit(3)
+
+
+class Talking(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        print("in its forward")
+        return super().forward(x)
+
+
+def talking() -> tuple[nn.Module, Tensor]:
+    print("in its factory")
+    return nn.Sequential(Talking(3, 4), nn.BatchNorm1d(4)), torch.randn(5, 3)
+
+
+def array() -> tuple[nn.Module, "np.ndarray[tuple[int, int], np.dtype[np.float64]]"]:
+    return plain(), np.zeros((5, 3))
 
 
 def without() -> nn.Module:

@@ -286,6 +286,9 @@ def test_drawn_only_for_a_terminal_that_wants_it(
         (["inspect", "tests.doctor_models:plian"], "tests.doctor_models has no 'plian'. Close names are ['plain']."),
         (["inspect", "tests.doctor_models:number"], "an nn.Module, or a tuple of one, an input and a Trainer; it made int"),
         (["doctor", "tests.doctor_models:broken"], "was called without arguments and raised RuntimeError: no weights."),
+        (["doctor", "tests.doctor_models:leaving"], "was called without arguments and raised SystemExit: 3."),
+        (["doctor", "--timeout", "nan"], "timeout must be a number of seconds above 0, got nan."),
+        (["verify", "tests.doctor_models:array"], "input must hold a tensor with its samples in dim 0, got ndarray without"),
         (["doctor", "tests.doctor_models:plain", "--no-trial", "--shape", "4,5"], "the model fails on its input: RuntimeError"),
         (["verify", "tests.doctor_models:plain"], "verify needs an input: let the factory return (model, input)"),
         (["advise", "tests.doctor_models:plain"], "advise needs batches: let the factory return (model, loader), or give"),
@@ -307,6 +310,33 @@ def test_wrong_usage_is_one_line_and_2(arguments: list[str], said: str, capsys: 
     captured = capsys.readouterr()
     assert said in captured.err.splitlines()[-1]
     assert not captured.out
+
+
+@pytest.mark.gloo
+def test_what_a_model_prints_stays_out_of_the_report() -> None:
+    status, out, err = run("verify", "tests.doctor_models:talking", "--json")
+    assert status == 0 and json.loads(out)["ok"] is True
+    assert err.count("in its factory") == 1 and err.count("in its forward") >= 3, "here and on the ranks"
+
+
+@pytest.mark.parametrize(
+    ("command", "status", "said"),
+    [
+        ("inspect tests.doctor_models:plain | true; echo ${PIPESTATUS[0]}", "141", ""),
+        ("inspect tests.doctor_models:plain > /dev/full; echo $?", "2", "syncnorm inspect: [Errno 28] No space left"),
+        ("inspect tests.doctor_models:plain >&-; echo $? >&2", "", "0\n"),
+    ],
+    ids=["head", "full", "closed"],
+)
+def test_a_reader_that_has_gone(command: str, status: str, said: str) -> None:
+    if "/dev/full" in command and not Path("/dev/full").exists():
+        pytest.skip("Linux has /dev/full")
+    done = subprocess.run(
+        ["bash", "-c", f"{sys.executable} -m syncnorm {command}"],
+        capture_output=True, text=True, timeout=60, check=True, cwd=ROOT,
+    )  # fmt: skip
+    assert done.stdout.strip() == status
+    assert done.stderr.startswith(said) and done.stderr.count("\n") == bool(said)
 
 
 def test_doctor_does_not_need_lightning() -> None:

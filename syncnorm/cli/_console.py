@@ -6,13 +6,13 @@ import os
 import re
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, redirect_stdout
 from importlib.util import find_spec
 from typing import Any, TextIO
 
 from syncnorm.conversion._table import Table
 
-__all__ = ["progress", "show", "working"]
+__all__ = ["progress", "reserved", "show", "working"]
 
 _GOOD, _BAD = re.compile(r"^ *ok:"), re.compile(r"^ *FAILED:|^  \d+\. [\w-]+:|DO NOT EQUAL|^NOT AS EXPECTED")
 
@@ -31,18 +31,32 @@ def show(report: Any, *, as_json: bool) -> int:
     if as_json:
         fields = report.to_dict() if hasattr(report, "to_dict") else dataclasses.asdict(report)
         found = json.dumps({"ok": ok, **fields}, default=str)
-        print(json.dumps(json.loads(found, parse_constant=str), indent=2))  # JSON has no Infinity
+        print(json.dumps(json.loads(found, parse_constant=str), indent=2), flush=True)  # JSON has no Infinity
     elif _drawn(sys.stdout):
         _draw(report.parts() if hasattr(report, "parts") else [str(report)])
     else:
-        print(report)
+        print(report, flush=True)
     return 0 if ok else 1
+
+
+@contextmanager
+def reserved() -> Iterator[None]:
+    """Within, what a model or its factory prints goes to standard error, also in other processes: the report stands alone."""
+    with ExitStack() as stack:
+        if sys.__stdout__ is not None:  # else descriptor 1 is closed, or some file's
+            sys.__stdout__.flush()
+            kept = os.dup(1)
+            stack.callback(os.close, kept)
+            stack.callback(os.dup2, kept, 1)
+            os.dup2(2, 1)
+        stack.enter_context(redirect_stdout(sys.stderr))
+        yield
 
 
 @contextmanager
 def working(what: str) -> Iterator[None]:
     """Say on a terminal that something is being done that takes some seconds."""
-    if not sys.stderr.isatty():
+    if not _is_terminal(sys.stderr):
         yield
     elif _drawn(sys.stderr):
         from rich.console import Console
@@ -65,7 +79,7 @@ def progress(what: str, total: int) -> Iterator[Callable[[str], None]]:
     Yields:
         A function to call after each step, with a word on how it stands.
     """
-    if not sys.stderr.isatty():
+    if not _is_terminal(sys.stderr):
         yield lambda text: None
     elif _drawn(sys.stderr):
         from rich.console import Console
@@ -87,8 +101,12 @@ def progress(what: str, total: int) -> Iterator[Callable[[str], None]]:
         print("\r\033[K", end="", file=sys.stderr, flush=True)
 
 
-def _drawn(stream: TextIO) -> bool:
-    return stream.isatty() and os.environ.get("TERM") != "dumb" and find_spec("rich") is not None
+def _drawn(stream: TextIO | None) -> bool:
+    return _is_terminal(stream) and os.environ.get("TERM") != "dumb" and find_spec("rich") is not None
+
+
+def _is_terminal(stream: TextIO | None) -> bool:  # None where it is closed
+    return stream is not None and stream.isatty()
 
 
 def _draw(parts: Any) -> None:

@@ -1,6 +1,7 @@
 """From arguments to a command, and from what it reports or raises to an exit status: 0 clean, 1 findings, 2 bad input."""
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 
@@ -9,7 +10,7 @@ from syncnorm.cli._arguments import add_command
 from syncnorm.cli._bench import bench
 from syncnorm.cli._build import build
 from syncnorm.cli._checkpoint import convert_ckpt
-from syncnorm.cli._console import show
+from syncnorm.cli._console import reserved, show
 from syncnorm.cli._demo import demo
 from syncnorm.cli._models import advise, doctor, inspect, verify
 from syncnorm.cli._plot import plot
@@ -25,8 +26,8 @@ _LIGHTNING = {
 }
 _EPILOG = """\
 Every command ends with 0 if all is well, 1 if something was found, 2 for bad input, which is told in one line and
-changes nothing. --json prints JSON. Tables and colours are drawn on a terminal where rich is installed and NO_COLOR is
-not set. COMMAND --help tells more.
+changes nothing. --json prints JSON. What a model prints goes to standard error. Tables and colours are drawn on a terminal
+where rich is installed and NO_COLOR is not set. COMMAND --help tells more.
 
 inspect, verify, advise and doctor take a model as pkg.mod:factory, a function without arguments that returns the model, or
 (model, input), or (model, input, trainer). For advise the input is a loader of batches.
@@ -68,11 +69,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     from syncnorm.errors import SyncNormError
 
     try:
-        return show(command(**{key: value for key, value in chosen.items() if value is not None}), as_json=as_json)
+        with reserved():
+            report = command(**{key: value for key, value in chosen.items() if value is not None})
     except (ValueError, TypeError, OSError, ImportError, SyncNormError) as error:
         parser.exit(2, f"syncnorm {name}: {_one_line(error)}\n")
     except KeyboardInterrupt:
         return 130  # as a shell has it
+    try:
+        return show(report, as_json=as_json)
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # for what Python still holds, and writes when it ends
+        if isinstance(error, BrokenPipeError):  # `head` has read enough
+            return 141  # as a shell has it
+        parser.exit(2, f"syncnorm {name}: {_one_line(error)}\n")
 
 
 def make_parser() -> argparse.ArgumentParser:

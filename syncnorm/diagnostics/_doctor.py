@@ -65,7 +65,12 @@ def doctor(subject: Subject | None = None, *, trials: bool = True, timeout: floa
         subject: The model with what is known of its use.
         trials: Whether to run the self-test: two processes on this machine's loopback, some seconds.
         timeout: Seconds for each of its three trials.
+
+    Raises:
+        ValueError: If ``timeout`` is not positive.
     """
+    if not timeout > 0:
+        raise ValueError(f"timeout must be a number of seconds above 0, got {timeout}.")
     findings = [*_environment_findings(), *([] if subject is None else find(subject))]
     not_checked = []
     if subject is None:

@@ -34,7 +34,7 @@ def load_subject(target: str, shape: Sequence[int] = (), ranks: int | None = Non
         sys.path.insert(0, os.getcwd())  # as python -m does
     try:
         module = importlib.import_module(module_name)
-    except Exception as error:
+    except (Exception, SystemExit) as error:  # a script without `if __name__ == "__main__"` may exit
         raise ValueError(
             f"cannot import {module_name!r}: {_short(error)}. Run from the folder that holds it, or set PYTHONPATH."
         ) from error
@@ -46,12 +46,13 @@ def load_subject(target: str, shape: Sequence[int] = (), ranks: int | None = Non
         factory = getattr(factory, part)
     try:
         made = factory() if callable(factory) and not isinstance(factory, nn.Module) else factory
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise ValueError(f"{target} was called without arguments and raised {_short(error)}.") from error
     parts = list(made) if isinstance(made, tuple) else [made]
     models = [part for part in parts if isinstance(part, nn.Module)]
     trainers = [part for part in parts if hasattr(part, "callbacks") and hasattr(part, "strategy")]
-    others = [part for part in parts if part not in (*models, *trainers)]
+    known = {id(part) for part in (*models, *trainers)}
+    others = [part for part in parts if id(part) not in known]  # not by ==, which of an array is an array
     if len(models) != 1 or len(trainers) > 1 or len(others) > 1:
         raise ValueError(
             f"{target} must make an nn.Module, or a tuple of one, an input and a Trainer; it made {_kinds(parts)}."
@@ -66,6 +67,6 @@ def _kinds(parts: list[Any]) -> str:
     return "(" + ", ".join(type(part).__name__ for part in parts) + ")" if len(parts) != 1 else type(parts[0]).__name__
 
 
-def _short(error: Exception) -> str:
+def _short(error: BaseException) -> str:
     lines = str(error).strip().splitlines()
     return f"{type(error).__name__}: {lines[0] if lines else ''}".rstrip(": ")
