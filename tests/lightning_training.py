@@ -34,15 +34,16 @@ def dataset(dtype: torch.dtype = torch.float64) -> TensorDataset:
 
 def network(dtype: torch.dtype = torch.float64) -> nn.Sequential:
     torch.manual_seed(0)
+    drawn = torch.float32  # whatever the default where it is made: torch 2.11 draws other numbers in bfloat16
     return nn.Sequential(
-        nn.Conv2d(3, 6, 3, bias=False),
+        nn.Conv2d(3, 6, 3, bias=False, dtype=drawn),
         nn.BatchNorm2d(6),
         nn.ReLU(),
         nn.Flatten(),
-        nn.Linear(54, 8),
+        nn.Linear(54, 8, dtype=drawn),
         nn.BatchNorm1d(8),
         nn.ReLU(),
-        nn.Linear(8, 4),
+        nn.Linear(8, 4, dtype=drawn),
     ).to(dtype)
 
 
