@@ -11,7 +11,7 @@ from syncnorm.errors import SyncNormError
 from syncnorm.kernels import native
 from syncnorm.kernels.native import _build
 
-RELU = 1  # the operators' code for it
+RELU, GELU = 1, 4  # the operators' codes for them
 
 needs_compiler = pytest.mark.skipif(_build.compiler() is None, reason="no C++ compiler on this machine")
 
@@ -79,6 +79,8 @@ def test_operators_pass_torchs_own_checks() -> None:
             (ops.batch_forward, (x, None, None, 1e-5, 0, 0.0, g)),
             (ops.batch_backward, (g, x, *affine, RELU, 0.0, mask, True)),
             (ops.batch_backward, (g, x, vector, vector, None, None, 0, 0.0, None, False)),
+            (ops.batch_forward, (x, *affine[2:], 1e-5, 0, 0.0, None, [1, x.size(0) - 1])),
+            (ops.batch_backward, (g, x, means, means, *affine[2:], 0, 0.0, None, False, [1, x.size(0) - 1])),
         ):
             torch.library.opcheck(op.default, arguments, test_utils=("test_schema", "test_faketensor"))
 
@@ -101,6 +103,13 @@ def test_operators_refuse_what_they_would_misread() -> None:
         ops.batch_normalize(x, vector, vector, torch.ones(4), None, 0, 0.0, None)
     with pytest.raises(RuntimeError, match="unknown activation 9"):
         ops.batch_normalize(x, *affine, 9, 0.0, None)
+    for chunks in ([2, 1], [2, 3], [4, 0], [5, -1]):
+        with pytest.raises(RuntimeError, match=r"expected chunks .* add up to 4, got \["):
+            ops.batch_forward(x, None, None, 1e-5, 0, 0.0, None, chunks)
+    with pytest.raises(RuntimeError, match="there is none for chunks"):
+        ops.batch_forward(x, None, None, 1e-5, RELU, 0.0, x, [2, 2])
+    with pytest.raises(RuntimeError, match="expected a parameter of 6 entries, got 3"):
+        ops.batch_backward(x, x, *affine, 0, 0.0, None, False, [2, 2])
 
 
 @needs_compiler
@@ -139,10 +148,34 @@ def test_results_do_not_depend_on_the_number_of_threads() -> None:
                 forward = ops.batch_forward(f, None, None, 1e-5, RELU, 0.0, f)
                 backward = ops.batch_backward(f, f, *affine, RELU, 0.0, mask, True)
                 outcomes.append((*ops.batch_moments(f), y, mask, sums, *forward, *backward))
+                for sizes in ([9, 8], [1] * 17, [3, 3, 3, 3, 3, 2]):
+                    outcomes[-1] += in_chunks(f, [n * f.size(0) // 17 for n in sizes])
     finally:
         torch.set_num_threads(before)
     for one, two in zip(outcomes[:2], outcomes[2:], strict=True):
         assert all(torch.equal(a, b) for a, b in zip(one, two, strict=True))
+
+
+def in_chunks(f: torch.Tensor, sizes: list[int]) -> tuple[torch.Tensor, ...]:
+    ops = torch.ops.syncnorm
+    y, mean, m2, rstd, _ = ops.batch_forward(f, None, None, 1e-5, GELU, 0.0, f, sizes)
+    dx, dresidual, *affine = ops.batch_backward(f, f, mean, rstd, None, None, GELU, 0.0, f, True, sizes)
+    return y, mean, m2, rstd, dx, dresidual, *affine
+
+
+@needs_compiler
+def test_a_chunk_is_what_it_is_by_itself() -> None:
+    load()
+    x = torch.randn(17, 37, 33, 31)
+    flat = x.flatten(2), x.movedim(1, -1).reshape(-1, 37), x[..., :3, :2].flatten(2), x.double().flatten(2)[:, :5]
+    for f in (each.contiguous() for each in flat):
+        sizes = [n * f.size(0) // 17 for n in (1, 9, 2, 5)]
+        *whole, dbias, dweight = in_chunks(f, sizes)
+        parts = [in_chunks(part, []) for part in f.split(sizes)]
+        y, mean, m2, rstd, dx, dresidual, dbiases, dweights = zip(*parts, strict=True)
+        alone = (*(torch.cat(t) if t[0].dim() > 1 else torch.stack(t) for t in (y, mean, m2, rstd, dx, dresidual)),)
+        assert all(torch.equal(a, b) for a, b in zip(whole, alone, strict=True))
+        assert torch.equal(dbias, sum(dbiases)) and torch.equal(dweight, sum(dweights))
 
 
 @needs_compiler

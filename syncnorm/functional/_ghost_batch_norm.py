@@ -4,15 +4,16 @@ import torch
 from torch import Tensor
 
 from syncnorm.core.layout import count_per_channel
-from syncnorm.core.moments import Moments
-from syncnorm.core.running import RunningStatistics, update_running
+from syncnorm.core.moments import Moments, at_least_one
+from syncnorm.core.running import RunningStatistics
 from syncnorm.distributed.exchange import exchange_row
 from syncnorm.distributed.groups import LOCAL, Group
 from syncnorm.distributed.ledger import Call, begin_call
-from syncnorm.functional._batch_normalize import batch_normalize_and_moments
-from syncnorm.functional._checkpoint import is_recomputing
+from syncnorm.functional._checkpoint import is_recomputing, unseen_by_selective_checkpointing
+from syncnorm.functional._ghosts import normalize_ghosts
 from syncnorm.functional._sync_batch_norm import enter, evaluate, needs_grad, tell_others, validate
 from syncnorm.functional._walk import Walk
+from syncnorm.kernels.vectors import update_running
 
 __all__ = ["ghost_batch_norm"]
 
@@ -77,7 +78,7 @@ def ghost_batch_norm(
         validate(input, num_features, input_dims)
         return evaluate(input, running_mean, running_var, weight, bias, eps)
     ranks = enter(input, eps, group, num_features, input_dims, site)
-    ghosts = _cut(input, virtual_batch_size) if ghost_group.size == 1 else (input,)
+    sizes = _cut(input, virtual_batch_size) if ghost_group.size == 1 else [input.size(0)]
     tracks = running_mean is not None or num_batches_tracked is not None
     if ghost_group.size == 1 and count_per_channel(input) == 1:
         if ranks.size > 1 and tracks and not torch.compiler.is_compiling():
@@ -87,22 +88,21 @@ def ghost_batch_norm(
             "needs two: use a larger batch, or one ghost over several ranks (a larger virtual_batch_size)."
         )
     walk = Walk(eps, ghost_group, backend, needs_grad(input, weight, bias), site)
-    outputs, moments = zip(
-        *(batch_normalize_and_moments(ghost, weight, bias, walk, None) for ghost in ghosts), strict=True
-    )
+    output, moments = normalize_ghosts(input, sizes, weight, bias, walk)
     if tracks and not is_recomputing():
         running = RunningStatistics(running_mean, running_var, num_batches_tracked, momentum)
-        update_running(
-            running, _average(list(moments), ranks, begin_call(site, ranks, input), share=1 / ghost_group.size)
-        )
-    return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+        known = None if ranks.size > 1 or torch.compiler.is_compiling() else float(count_per_channel(input))
+        call = begin_call(site, ranks, input)
+        with unseen_by_selective_checkpointing():
+            update_running(running, _average(moments, ranks, call, share=1 / ghost_group.size, known=known))
+    return output
 
 
-def _cut(input: Tensor, size: int) -> tuple[Tensor, ...]:
-    """Ghosts of ``size`` samples, none of which has a single value per channel unless the whole input has."""
+def _cut(input: Tensor, size: int) -> list[int]:
+    """Samples of each ghost: ``size``, and so that none has a single value per channel unless the whole input has."""
     samples, values = input.size(0), count_per_channel(input[:1])
     if samples <= size:
-        return (input,)
+        return [samples]
     sizes = [size] * (samples // size)
     rest = samples % size
     if rest * values == 1 or size * values == 1:
@@ -114,19 +114,23 @@ def _cut(input: Tensor, size: int) -> tuple[Tensor, ...]:
         sizes[-1] += rest
     elif rest:
         sizes.append(rest)
-    parts: tuple[Tensor, ...] = input.split(sizes)
-    return parts
+    return sizes
 
 
 @torch.no_grad()
-def _average(ghosts: list[Moments], ranks: Group, call: Call | None, *, share: float) -> Moments:
-    """Moments whose mean and unbiased variance are the averages over all ghosts of all ranks."""
-    # Ghosts that several ranks share count once: each rank brings its share.
-    row = sum(
-        torch.cat([g.mean.new_ones(1) * g.count, g.mean * g.count, g.unbiased_var * g.count]) * share for g in ghosts
-    )
-    assert isinstance(row, Tensor)
-    row, known = exchange_row(row, ranks, needs_backward=False, call=call)
-    count = row[0] if known is None else known
-    mean, var = (row[1:] / (count.clamp(min=1) if isinstance(count, Tensor) else max(count, 1.0))).view(2, -1).unbind(0)
-    return Moments(count, mean, var * (count - 1))
+def _average(ghosts: Moments, ranks: Group, call: Call | None, *, share: float, known: float | None) -> Moments:
+    """Moments [C] whose mean and unbiased variance are the averages over all ghosts [K, C] of all ranks.
+
+    ``known`` is the count of a group of one, where the host knows it.
+    """
+    assert isinstance(ghosts.count, Tensor)
+    weight_K = ghosts.count * share  # ghosts that several ranks share count once: each rank brings its share
+    mean, var = weight_K @ ghosts.mean, (weight_K / (ghosts.count - 1).clamp(min=1)) @ ghosts.m2
+    count: Tensor | float | None = known
+    if count is None:
+        row = torch.cat([weight_K.sum().reshape(1), mean, var])
+        row, known = exchange_row(row, ranks, needs_backward=False, call=call)
+        count = row[0] if known is None else known
+        mean, var = row[1:].view(2, -1).unbind(0)
+    divisor = at_least_one(count)
+    return Moments(count, mean / divisor, var * ((count - 1) / divisor))

@@ -5,6 +5,7 @@ backend says in a sentence why it would not serve an input; ``auto`` takes the f
 asked for by name runs or raises with its objection.
 """
 
+from collections.abc import Sequence
 from types import ModuleType
 from typing import Protocol, cast
 
@@ -93,8 +94,13 @@ class Alone(Protocol):
         eps: float,
         activation: Activation | None,
         residual: Tensor | None,
+        chunks: Sequence[int] = (),
     ) -> tuple[Tensor, Moments, Tensor, Tensor | None]:
-        """y, moments, ``1/√(var + eps)`` and mask, by ``batch_moments`` and ``batch_normalize``."""
+        """y, moments, ``1/√(var + eps)`` and mask, by ``batch_moments`` and ``batch_normalize``.
+
+        ``chunks`` are numbers of samples (of dim 0 of flat ``x``) that are normalised by themselves: statistics are then
+        ``[K, C]``, and there is no mask.
+        """
 
     def batch_backward(
         self,
@@ -107,8 +113,12 @@ class Alone(Protocol):
         activation: Activation | None,
         side: Tensor | None,
         needs_residual: bool,
+        chunks: Sequence[int] = (),
     ) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
-        """Gradients of x, residual, bias and weight, by ``batch_backward_reduce`` and ``batch_backward_input``."""
+        """Gradients of x, residual, bias and weight, by ``batch_backward_reduce`` and ``batch_backward_input``.
+
+        With the ``chunks`` of the forward; bias and weight get the sum over them.
+        """
 
 
 def alone(backend: Backend) -> Alone | None:

@@ -4,7 +4,7 @@ Used once they are built (``python -m syncnorm build``); until then :func:`objec
 ``torch.compile`` they are opaque, which on CPU is an advantage: Inductor's own batch norm is slower than eager.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
 from threading import RLock
 from typing import Any
@@ -135,11 +135,15 @@ def batch_forward(
     eps: float,
     activation: Activation | None,
     residual: Tensor | None,
+    chunks: Sequence[int] = (),
 ) -> tuple[Tensor, Moments, Tensor, Tensor | None]:
     """y, moments, 1/std and mask of a group of one: channel by channel where they fit a cache, so x is read once."""
-    out = _ops().batch_forward.default(x, weight, bias, eps, *_code(activation), residual)
+    out = _ops().batch_forward.default(x, weight, bias, eps, *_code(activation), residual, chunks)
     y, mean, m2, rstd, mask = out
-    return y, Moments(float(count_per_channel(x)), mean, m2), rstd, mask if mask.numel() else None
+    count: Tensor | float = float(count_per_channel(x))
+    if chunks:
+        count = torch.tensor(chunks, dtype=torch.float64) * (count / x.size(0))
+    return y, Moments(count, mean, m2), rstd, mask if mask.numel() else None
 
 
 def batch_backward(
@@ -152,11 +156,12 @@ def batch_backward(
     activation: Activation | None,
     side: Tensor | None,
     needs_residual: bool,
+    chunks: Sequence[int] = (),
 ) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
     """Gradients of x, of the residual (None where it is ``grad``), of bias and of weight, for a group of one."""
     needs_residual = needs_residual and activation is not None
     code = _code(activation)
-    out = _ops().batch_backward.default(grad, x, mean, rstd, weight, bias, *code, side, needs_residual)
+    out = _ops().batch_backward.default(grad, x, mean, rstd, weight, bias, *code, side, needs_residual, chunks)
     dx, dresidual, dbias, dweight = out
     return dx, dresidual if needs_residual else None, dbias, dweight
 
@@ -192,16 +197,25 @@ def _register_fakes() -> None:
         return torch.empty_like(x), x.new_empty(mask_bytes, dtype=torch.uint8)
 
     def forward(
-        x: Tensor, weight: Any, bias: Any, eps: float, activation: int, slope: float, residual: Tensor | None
+        x: Tensor,
+        weight: Any,
+        bias: Any,
+        eps: float,
+        activation: int,
+        slope: float,
+        residual: Tensor | None,
+        chunks: Sequence[int] = (),
     ) -> tuple[Tensor, ...]:
         y, mask = masked(x) if residual is not None and activation in _MASKED else (like(x), x.new_empty(0).byte())
-        return y, *moments(x), x.new_empty(x.size(1), dtype=torch.float64), mask
+        shape = (len(chunks), x.size(1)) if chunks else (x.size(1),)
+        return y, *(x.new_empty(shape, dtype=torch.float64) for _ in range(3)), mask
 
     def backward(
-        grad: Tensor, x: Tensor, mean: Any, rstd: Any, weight: Tensor | None, *rest: Any
-    ) -> tuple[Tensor, ...]:
+        grad: Tensor, x: Tensor, mean: Any, rstd: Any, weight: Tensor | None, bias: Any, activation: int, slope: float,
+        side: Any, needs_residual: bool, chunks: Sequence[int] = (),
+    ) -> tuple[Tensor, ...]:  # fmt: skip
         vectors = (x.new_empty(x.size(1), dtype=torch.float64 if weight is None else weight.dtype) for _ in range(2))
-        return like(x), like(x) if rest[-1] else x.new_empty(0), *vectors
+        return like(x), like(x) if needs_residual else x.new_empty(0), *vectors
 
     def both(grad: Tensor, x: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
         return torch.empty_like(x), torch.empty_like(x)

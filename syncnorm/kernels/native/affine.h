@@ -11,15 +11,19 @@ namespace syncnorm {
 // to 0.98 (bfloat16) of the time at 8.4 MB, among 60 MB of other data.
 constexpr int64_t kStreamBytes = int64_t{1} << 23;
 
-// Statistics and affine parameters of all channels, in double.
+// Statistics and affine parameters of all channels of all chunks, in double.
 struct Channels {
   std::vector<double> mean, rstd, weight, bias;
 
-  Channels(int64_t C, const Tensor& mean, const Tensor& rstd, const OptTensor& weight, const OptTensor& bias)
-      : mean(values_of(mean, C, 0)), rstd(values_of(rstd, C, 1)), weight(values_of(weight, C, 1)), bias(values_of(bias, C, 0)) {}
-
-  Channels(int64_t C, const OptTensor& weight, const OptTensor& bias)
-      : mean(C), rstd(C), weight(values_of(weight, C, 1)), bias(values_of(bias, C, 0)) {}
+  Channels(
+      int64_t C, int64_t chunks, const OptTensor& mean, const OptTensor& rstd, const OptTensor& weight, const OptTensor& bias)
+      : mean(values_of(mean, C * chunks, 0)), rstd(values_of(rstd, C * chunks, 1)), weight(values_of(weight, C, 1)),
+        bias(values_of(bias, C, 0)) {
+    for (std::vector<double>* shared : {&this->weight, &this->bias}) {
+      shared->resize(C * chunks);
+      for (int64_t i = C; i < C * chunks; ++i) (*shared)[i] = (*shared)[i - C];
+    }
+  }
 
   double scale(int64_t c) const { return rstd[c] * weight[c]; }
 

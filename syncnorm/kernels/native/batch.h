@@ -31,25 +31,31 @@ struct Span {
 struct Layout {
   int64_t first = 0, channels, repeat = 1;  // channels from the first on
   int64_t samples, pitch;  // and elements from one sample to the next
+  int64_t count;      // values of a channel
   bool across;        // rows run across the channels
   int64_t width;      // entries of a parameter: channels, or columns
   int64_t mask_bytes;
   std::vector<Part> parts;
 
   // A mask has whole bytes for each row: one bit an element, or 8·ceil(S/8) bits for each run of S.
-  explicit Layout(const Tensor& x, bool masked = false) {
+  explicit Layout(const Tensor& x, bool masked = false) : Layout(x, 0, x.size(0), masked) {}
+
+  // Samples [begin, end) alone.
+  Layout(const Tensor& x, int64_t begin, int64_t end, bool masked = false) {
     TORCH_CHECK(
         x.is_contiguous() && (x.dim() == 2 || x.dim() == 3), "expected a contiguous [N, C, S] or [M, C] tensor");
     channels = x.size(1);
-    int64_t rows = samples = x.size(0), columns = channels;
+    int64_t rows = samples = end - begin, columns = channels;
     pitch = x.dim() == 3 ? channels * x.size(2) : channels;
+    count = channels ? samples * (pitch / channels) : 0;
+    const int64_t start = begin * pitch;
     across = x.dim() == 2 || x.size(2) < kGroup;
     if (x.numel() == 0) {
       rows = columns = 0;
       parts = {};
     } else if (!across) {
       const int64_t S = x.size(2);
-      parts = {{0, rows * channels, S, 0, channels * S, channels * ((S + 7) / 8)}};
+      parts = {{start, rows * channels, S, 0, channels * S, channels * ((S + 7) / 8)}};
     } else {
       if (x.dim() == 3) columns *= repeat = x.size(2);
       int64_t joined = columns < kShortRow ? (kShortRow + columns - 1) / columns : 1;
@@ -57,8 +63,8 @@ struct Layout {
       joined = std::min(rows, (joined + whole - 1) / whole * whole);
       const int64_t rest = rows % joined;
       const int64_t long_row = columns * joined, row_bits = (long_row + 7) / 8;
-      parts = {{0, rows / joined, long_row, 0, long_row, row_bits}};
-      if (rest) parts.push_back({(rows - rest) * columns, 1, rest * columns, parts[0].rows * row_bits, 0, 0});
+      parts = {{start, rows / joined, long_row, 0, long_row, row_bits}};
+      if (rest) parts.push_back({start + (rows - rest) * columns, 1, rest * columns, parts[0].rows * row_bits, 0, 0});
       columns = long_row;
     }
     width = across ? columns : channels;
@@ -79,8 +85,8 @@ struct Layout {
   Layout slab(int64_t c0, int64_t c1) const {
     Layout slab = *this;
     Part& part = slab.parts[0];
-    slab.first = c0, slab.channels = slab.width = c1 - c0;
-    part.offset = c0 * part.columns, part.bits = c0 * part.row_bits(), part.rows = samples * slab.channels;
+    slab.first += c0, slab.channels = slab.width = c1 - c0;
+    part.offset += c0 * part.columns, part.bits = c0 * part.row_bits(), part.rows = samples * slab.channels;
     return slab;
   }
 
@@ -94,12 +100,30 @@ struct Layout {
   }
 };
 
+// The layouts of chunks of these numbers of samples, whose statistics are their own: channels k·C to (k + 1)·C are those of the
+// k-th. Without sizes all samples are one chunk.
+inline std::vector<Layout> chunks_of(const Tensor& x, at::IntArrayRef sizes, bool masked) {
+  if (sizes.empty()) return {Layout(x, masked)};
+  TORCH_CHECK(!masked, "a mask is that of all samples together, there is none for chunks");
+  std::vector<Layout> chunks;
+  int64_t begin = 0;
+  for (const int64_t size : sizes) {
+    TORCH_CHECK(
+        size > 0 && size <= x.size(0) - begin, "expected chunks of at least 1 sample that add up to ", x.size(0), ", got ", sizes);
+    chunks.emplace_back(x, begin, begin + size);
+    chunks.back().first = static_cast<int64_t>(chunks.size() - 1) * x.size(1);
+    begin += size;
+  }
+  TORCH_CHECK(begin == x.size(0), "expected chunks that add up to ", x.size(0), ", got ", sizes);
+  return chunks;
+}
+
 // K values per channel, in the arithmetic type, laid out for the rows of a layout.
 template <typename A, int K> struct Parameters {
   int64_t stride;
   std::vector<A> data;
 
-  // fill(c, values) sets the K values of a channel, counted from the tensor's first.
+  // fill(c, values) sets the K values of a channel, counted from the first of all.
   template <typename F> Parameters(const Layout& layout, F fill) : stride(layout.width + 2 * kGroup), data(K * stride) {
     std::vector<A> values(layout.channels * K);
     for (int64_t c = 0; c < layout.channels; ++c) fill(layout.first + c, values.data() + c * K);

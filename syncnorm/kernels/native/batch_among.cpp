@@ -32,7 +32,7 @@ std::tuple<Tensor, Tensor, Tensor> batch_backward_row(
     const Tensor& grad, const Tensor& x, const Tensor& mean, const Tensor& rstd, const OptTensor& weight,
     const OptTensor& bias, int64_t activation, double slope, const OptTensor& side, int64_t width, Words words) {
   const Tensor sums = batch_backward_reduce(grad, x, mean, rstd, weight, bias, activation, slope, side);
-  auto [dbias, dweight] = affine_gradients(doubles(sums), x, weight);
+  auto [dbias, dweight] = affine_gradients(doubles(sums), 1, x, weight);
   return {pack_sums(sums, width, words), dbias, dweight};
 }
 

@@ -44,7 +44,7 @@ inline vec_t<A> through(
 }
 
 struct Inputs {
-  Layout layout;
+  std::vector<Layout> chunks;
   Activation activation;
   Source source = Source::kGrad;
   const Tensor &grad, &x;
@@ -56,13 +56,13 @@ struct Inputs {
 
   Inputs(
       const Tensor& grad, const Tensor& x, const Tensor& mean, const Tensor& rstd, const OptTensor& weight,
-      const OptTensor& bias, int64_t function, double slope, const OptTensor& side)
-      : layout(x, side && side->scalar_type() == at::kByte), activation(function, slope), grad(grad), x(x), side(side),
-        channels(layout.channels, mean, rstd, weight, bias) {
+      const OptTensor& bias, int64_t function, double slope, const OptTensor& side, at::IntArrayRef sizes = {})
+      : chunks(chunks_of(x, sizes, side && side->scalar_type() == at::kByte)), activation(function, slope), grad(grad), x(x),
+        side(side), channels(x.size(1), chunks.size(), mean, rstd, weight, bias) {
     expect_like(grad, x, "grad");
     if (activation.shape() == Shape::kPiecewise) {
       source = side ? Source::kMask : Source::kSignOfX;
-      TORCH_CHECK(!side || (side->scalar_type() == at::kByte && side->numel() == layout.mask_bytes), "this is not the mask of x");
+      TORCH_CHECK(!side || (side->scalar_type() == at::kByte && side->numel() == chunks[0].mask_bytes), "this is not the mask of x");
     } else if (activation.shape() == Shape::kSmooth) {
       source = side ? Source::kSmoothWithResidual : Source::kSmooth;
       if (side) expect_like(*side, x, "residual");
@@ -94,12 +94,12 @@ void add_up(const Inputs& inputs, const Layout& layout, const Parameters<A, 3>& 
       });
 }
 
-// Writes Σg' and Σg'·x̂ of the channels of a layout at their places in [2, C]. Lines of `claimed` are asked for meanwhile: dx,
+// Writes Σg' and Σg'·x̂ of the channels of a layout at their places in [2, K·C]. Lines of `claimed` are asked for meanwhile: dx,
 // whose writing would wait for them.
 template <typename T> void reduce(const Inputs& inputs, const Layout& layout, double* out, T* claimed = nullptr) {
   using A = acc_t<T>;
   const Channels& v = inputs.channels;
-  const int64_t width = layout.channels, C = inputs.layout.channels;
+  const int64_t width = layout.channels, C = v.mean.size();
   std::vector<double> sums(2 * width);
   const Parameters<A, 3> parameters(layout, [&](int64_t c, A* values) { v.affine(c, values); });
   with_source(inputs.source, [&](auto source) { add_up<T, source()>(inputs, layout, parameters, sums.data(), claimed); });
@@ -116,9 +116,9 @@ Tensor batch_backward_reduce(
     const Tensor& grad, const Tensor& x, const Tensor& mean, const Tensor& rstd, const OptTensor& weight,
     const OptTensor& bias, int64_t activation, double slope, const OptTensor& side) {
   const Inputs inputs(grad, x, mean, rstd, weight, bias, activation, slope, side);
-  Tensor sums = at::empty({2, inputs.layout.channels}, x.options().dtype(at::kDouble));
+  Tensor sums = at::empty({2, x.size(1)}, x.options().dtype(at::kDouble));
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, x.scalar_type(), "syncnorm::batch_backward_reduce", [&] {
-    reduce<scalar_t>(inputs, inputs.layout, sums.data_ptr<double>());
+    reduce<scalar_t>(inputs, inputs.chunks[0], sums.data_ptr<double>());
   });
   return sums;
 }
@@ -181,11 +181,11 @@ Outputs input_and_residual(
     const OptTensor& bias, const Tensor& means, int64_t activation, double slope, const OptTensor& side,
     bool needs_residual) {
   const Inputs inputs(grad, x, mean, rstd, weight, bias, activation, slope, side);
-  const int64_t C = inputs.layout.channels;
+  const int64_t C = x.size(1);
   const std::vector<double> mean_of = values_of(means, 2 * C, 0);
   const Outputs outputs(inputs, needs_residual);
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, x.scalar_type(), "syncnorm::batch_backward_input", [&] {
-    outputs.write<scalar_t>(inputs, inputs.layout, [&](int64_t c) { return std::pair(mean_of[c], mean_of[C + c]); });
+    outputs.write<scalar_t>(inputs, inputs.chunks[0], [&](int64_t c) { return std::pair(mean_of[c], mean_of[C + c]); });
   });
   return outputs;
 }
@@ -205,13 +205,19 @@ std::tuple<Tensor, Tensor> batch_backward_input_and_residual(
   return {outputs.dx, outputs.dresidual};
 }
 
-std::tuple<Tensor, Tensor> affine_gradients(const double* sums, const Tensor& x, const OptTensor& weight) {
+std::tuple<Tensor, Tensor> affine_gradients(const double* sums, int64_t chunks, const Tensor& x, const OptTensor& weight) {
   const int64_t C = x.size(1);
   const auto options = x.options().dtype(weight ? weight->scalar_type() : at::kDouble);
   Tensor dbias = at::empty({C}, options), dweight = at::empty({C}, options);
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, dbias.scalar_type(), "syncnorm::affine_gradients", [&] {
-    std::copy_n(sums, C, dbias.data_ptr<scalar_t>());
-    std::copy_n(sums + C, C, dweight.data_ptr<scalar_t>());
+    for (Tensor* out : {&dbias, &dweight}) {
+      for (int64_t c = 0; c < C; ++c) {
+        double sum = sums[c];
+        for (int64_t k = 1; k < chunks; ++k) sum += sums[k * C + c];
+        out->data_ptr<scalar_t>()[c] = static_cast<scalar_t>(sum);
+      }
+      sums += chunks * C;
+    }
   });
   return {dbias, dweight};
 }
@@ -219,25 +225,26 @@ std::tuple<Tensor, Tensor> affine_gradients(const double* sums, const Tensor& x,
 namespace {
 
 // The whole backward of a group of one: dx, g' for the residual (no elements where it is not asked for), and the gradients of
-// bias and weight in the dtype of the weight, or float64 without one.
+// bias and weight in the dtype of the weight, or float64 without one. Chunks are those of the forward.
 std::tuple<Tensor, Tensor, Tensor, Tensor> batch_backward(
     const Tensor& grad, const Tensor& x, const Tensor& mean, const Tensor& rstd, const OptTensor& weight,
-    const OptTensor& bias, int64_t activation, double slope, const OptTensor& side, bool needs_residual) {
-  const Inputs inputs(grad, x, mean, rstd, weight, bias, activation, slope, side);
-  const int64_t C = inputs.layout.channels;
+    const OptTensor& bias, int64_t activation, double slope, const OptTensor& side, bool needs_residual,
+    at::IntArrayRef sizes) {
+  const Inputs inputs(grad, x, mean, rstd, weight, bias, activation, slope, side, sizes);
+  const int64_t C = inputs.channels.mean.size();  // of all chunks
   TORCH_CHECK(x.numel() > 0, "expected values, got ", x.sizes());
-  const double count = static_cast<double>(x.numel() / C);
   const Outputs outputs(inputs, needs_residual);
   std::vector<double> sums(2 * C);
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, x.scalar_type(), "syncnorm::batch_backward", [&] {
-    for_each_slab(slabs_of<scalar_t>(inputs.layout, inputs.tensors()), [&](const Layout& slab) {
+    for_each_slab<scalar_t>(inputs.chunks, inputs.tensors(), [&](const Layout& slab) {
+      const double count = static_cast<double>(slab.count);
       scalar_t* dx = outputs.dx.data_ptr<scalar_t>();
       const bool claims = !streams(x, slab, dx) && stays<scalar_t>(slab, inputs.tensors());
       reduce<scalar_t>(inputs, slab, sums.data(), claims ? dx : nullptr);
       outputs.write<scalar_t>(inputs, slab, [&](int64_t c) { return std::pair(sums[c] / count, sums[C + c] / count); });
     });
   });
-  auto [dbias, dweight] = affine_gradients(sums.data(), x, weight);
+  auto [dbias, dweight] = affine_gradients(sums.data(), inputs.chunks.size(), x, weight);
   return {outputs.dx, needs_residual ? outputs.dresidual : at::empty({0}, x.options()), dbias, dweight};
 }
 
@@ -255,7 +262,7 @@ TORCH_LIBRARY_FRAGMENT(syncnorm, m) {
       "Tensor means, int activation, float slope, Tensor? side) -> (Tensor, Tensor)");
   m.def(
       "batch_backward(Tensor grad, Tensor x, Tensor mean, Tensor rstd, Tensor? weight, Tensor? bias, int activation, "
-      "float slope, Tensor? side, bool needs_residual) -> (Tensor, Tensor, Tensor, Tensor)");
+      "float slope, Tensor? side, bool needs_residual, int[] chunks=[]) -> (Tensor, Tensor, Tensor, Tensor)");
 }
 
 TORCH_LIBRARY_IMPL(syncnorm, CPU, m) {

@@ -31,10 +31,11 @@ template <typename T> std::vector<acc_t<T>> pivots(const Layout& layout, const T
   return pivot;
 }
 
-// Writes mean and M2 of the channels of a layout at their places in [C]. Lines of y are claimed meanwhile, if there is one.
-template <typename T> void moments(const Layout& layout, const Data<T>& data, double count, double* mean, double* m2) {
+// Writes mean and M2 of the channels of a layout at their places. Lines of y are claimed meanwhile, if there is one.
+template <typename T> void moments(const Layout& layout, const Data<T>& data, double* mean, double* m2) {
   using A = acc_t<T>;
   const int64_t C = layout.channels;
+  const double count = static_cast<double>(layout.count);
   mean += layout.first, m2 += layout.first;
   std::vector<A> pivot = pivots(layout, data.x);
   auto deviations = [](const auto& view, const auto& from, int64_t at, int64_t i, uint32_t, vec_t<A>& p, vec_t<A>& q) {
@@ -70,7 +71,7 @@ std::tuple<Tensor, Tensor> batch_moments(const Tensor& x) {
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, x.scalar_type(), "syncnorm::batch_moments", [&] {
     Data<scalar_t> data;
     data.x = x.const_data_ptr<scalar_t>();
-    moments(layout, data, static_cast<double>(x.numel() / C), mean.data_ptr<double>(), m2.data_ptr<double>());
+    moments(layout, data, mean.data_ptr<double>(), m2.data_ptr<double>());
   });
   return {mean, m2};
 }
@@ -110,17 +111,18 @@ void normalize(const Layout& layout, const Channels& channels, const Data<T>& da
 
 // What normalising reads and writes.
 struct Forward {
-  Layout layout;
+  std::vector<Layout> chunks;
   Activation activation;
   const Tensor& x;
   const OptTensor& residual;
   Tensor y, mask;
 
-  Forward(const Tensor& x, int64_t function, double slope, const OptTensor& residual)
-      : layout(x, residual && Activation(function, slope).shape() == Shape::kPiecewise), activation(function, slope), x(x),
-        residual(residual), y(at::empty_like(x)) {
+  Forward(const Tensor& x, int64_t function, double slope, const OptTensor& residual, at::IntArrayRef sizes = {})
+      : activation(function, slope), x(x), residual(residual), y(at::empty_like(x)) {
+    const bool masked = residual && activation.shape() == Shape::kPiecewise;
+    chunks = chunks_of(x, sizes, masked);
     if (residual) expect_like(*residual, x, "residual");
-    if (residual && activation.shape() == Shape::kPiecewise) mask = at::empty({layout.mask_bytes}, x.options().dtype(at::kByte));
+    if (masked) mask = at::empty({chunks[0].mask_bytes}, x.options().dtype(at::kByte));
   }
 
   template <typename T> Data<T> data() const {
@@ -137,10 +139,10 @@ Forward normalized(
     const Tensor& x, const Tensor& mean, const Tensor& rstd, const OptTensor& weight, const OptTensor& bias,
     int64_t activation, double slope, const OptTensor& residual) {
   Forward f(x, activation, slope, residual);
-  const Channels channels(f.layout.channels, mean, rstd, weight, bias);
+  const Channels channels(x.size(1), 1, mean, rstd, weight, bias);
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, x.scalar_type(), "syncnorm::batch_normalize", [&] {
     const Data<scalar_t> data = f.data<scalar_t>();
-    normalize(f.layout, channels, data, f.activation, streams(x, f.layout, data.y));
+    normalize(f.chunks[0], channels, data, f.activation, streams(x, f.chunks[0], data.y));
   });
   return f;
 }
@@ -163,27 +165,29 @@ std::tuple<Tensor, Tensor> batch_normalize_masked(
 
 namespace {
 
-// The whole forward of a group of one: y, mean, M2, 1/std and the mask, which has no bytes where none is needed.
+// The whole forward of a group of one: y, mean, M2, 1/std and the mask, which has no bytes where none is needed. Statistics are
+// [C], or [K, C] of chunks of these numbers of samples.
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> batch_forward(
     const Tensor& x, const OptTensor& weight, const OptTensor& bias, double eps, int64_t activation, double slope,
-    const OptTensor& residual) {
-  Forward f(x, activation, slope, residual);
-  const int64_t C = f.layout.channels;
+    const OptTensor& residual, at::IntArrayRef sizes) {
+  Forward f(x, activation, slope, residual, sizes);
+  const int64_t C = x.size(1), K = f.chunks.size();
   TORCH_CHECK(x.numel() > 0, "expected values, got ", x.sizes());
-  const double count = static_cast<double>(x.numel() / C);
-  Tensor mean = at::empty({C}, x.options().dtype(at::kDouble)), m2 = at::empty_like(mean), rstd = at::empty_like(mean);
+  const auto options = x.options().dtype(at::kDouble);
+  Tensor mean = sizes.empty() ? at::empty({C}, options) : at::empty({K, C}, options);
+  Tensor m2 = at::empty_like(mean), rstd = at::empty_like(mean);
   double *mp = mean.data_ptr<double>(), *qp = m2.data_ptr<double>(), *rp = rstd.data_ptr<double>();
-  Channels channels(C, weight, bias);
+  Channels channels(C, K, std::nullopt, std::nullopt, weight, bias);
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, x.scalar_type(), "syncnorm::batch_forward", [&] {
     const Data<scalar_t> data = f.data<scalar_t>();
     Data<scalar_t> x_alone;
     x_alone.x = data.x;
-    for_each_slab(slabs_of<scalar_t>(f.layout, 1), [&](const Layout& slab) {
+    for_each_slab<scalar_t>(f.chunks, 1, [&](const Layout& slab) {
       const bool stream = streams(x, slab, data.y);
-      moments(slab, !stream && stays<scalar_t>(slab, 1) ? data : x_alone, count, mp, qp);
+      moments(slab, !stream && stays<scalar_t>(slab, 1) ? data : x_alone, mp, qp);
       for (int64_t c = slab.first; c < slab.first + slab.channels; ++c) {
         channels.mean[c] = mp[c];
-        channels.rstd[c] = rp[c] = 1 / std::sqrt(qp[c] / count + eps);
+        channels.rstd[c] = rp[c] = 1 / std::sqrt(qp[c] / static_cast<double>(slab.count) + eps);
       }
       normalize(slab, channels, data, f.activation, stream);
     });
@@ -202,8 +206,8 @@ TORCH_LIBRARY_FRAGMENT(syncnorm, m) {
       "batch_normalize_masked(Tensor x, Tensor mean, Tensor rstd, Tensor? weight, Tensor? bias, int activation, "
       "float slope, Tensor residual) -> (Tensor, Tensor)");
   m.def(
-      "batch_forward(Tensor x, Tensor? weight, Tensor? bias, float eps, int activation, float slope, Tensor? residual) -> "
-      "(Tensor, Tensor, Tensor, Tensor, Tensor)");
+      "batch_forward(Tensor x, Tensor? weight, Tensor? bias, float eps, int activation, float slope, Tensor? residual, "
+      "int[] chunks=[]) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
 }
 
 TORCH_LIBRARY_IMPL(syncnorm, CPU, m) {

@@ -26,8 +26,8 @@ std::tuple<Tensor, Tensor> batch_backward_input_and_residual(
     const Tensor& grad, const Tensor& x, const Tensor& mean, const Tensor& rstd, const OptTensor& weight,
     const OptTensor& bias, const Tensor& means, int64_t activation, double slope, const OptTensor& side);
 
-// The gradients of bias and weight from Σg' and Σg'·x̂: in the dtype of the weight, or float64 without one.
-std::tuple<Tensor, Tensor> affine_gradients(const double* sums, const Tensor& x, const OptTensor& weight);
+// The gradients of bias and weight from Σg' and Σg'·x̂ of each chunk: in the dtype of the weight, or float64 without one.
+std::tuple<Tensor, Tensor> affine_gradients(const double* sums, int64_t chunks, const Tensor& x, const OptTensor& weight);
 
 // vectors.cpp
 Tensor inverse_std(const Tensor& m2, double count, double eps);

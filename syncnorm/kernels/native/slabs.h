@@ -13,7 +13,7 @@ constexpr int64_t kSlabs = 16;                    // at least, so that they keep
 // The layouts of slabs that together are a tensor; all of it where it is small, where few channels fill the cache, or where
 // rows run across the channels: a slab of them would be a cache line here and there (2 to 2.5 times the time at C = 256).
 template <typename T> std::vector<Layout> slabs_of(const Layout& whole, int64_t tensors) {
-  const int64_t C = whole.channels, bytes = whole.samples * (whole.pitch / C) * sizeof(T) * tensors;  // of a channel
+  const int64_t C = whole.channels, bytes = whole.count * sizeof(T) * tensors;  // of a channel
   if (whole.across || C < kSlabs || bytes > kSlabBytes || bytes * C <= kSlabBytes) return {whole};
   const int64_t width = std::clamp<int64_t>(kSlabBytes / 2 / bytes, 1, C / kSlabs);
   std::vector<Layout> slabs;
@@ -28,10 +28,22 @@ template <typename T> bool stays(const Layout& slab, int64_t tensors) {
   return elements * static_cast<int64_t>(sizeof(T)) * tensors <= kSlabBytes;
 }
 
-// body(layout) for each slab; a single one shares its passes out among the threads by itself.
-template <typename Body> void for_each_slab(const std::vector<Layout>& slabs, Body body) {
-  if (slabs.size() == 1) return body(slabs[0]);
-  at::parallel_for(0, slabs.size(), 1, [&](int64_t begin, int64_t end) {
+// body(layout) for each slab of each chunk. The threads share out slabs that are many, or small. A few large ones, as chunks of
+// a single slab each may be, share their passes out among the threads, one after another.
+template <typename T, typename Body> void for_each_slab(const std::vector<Layout>& chunks, int64_t tensors, Body body) {
+  std::vector<Layout> slabs;
+  int64_t elements = 0;
+  for (const Layout& chunk : chunks) {
+    const std::vector<Layout> more = slabs_of<T>(chunk, tensors);
+    slabs.insert(slabs.end(), more.begin(), more.end());
+    elements += chunk.count * chunk.channels;
+  }
+  const int64_t number = slabs.size();
+  if (number == 1 || (number < kSlabs && elements > number * kUnit)) {
+    for (const Layout& slab : slabs) body(slab);
+    return;
+  }
+  at::parallel_for(0, number, elements > kUnit ? 1 : number, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) body(slabs[i]);
   });
 }
