@@ -15,8 +15,9 @@ from torch import Tensor
 from torch.nn import Module
 
 from syncnorm._version import __version__
-from syncnorm.distributed.collectives import find_group
+from syncnorm.distributed.collectives import find_group, group_position, group_ranks
 from syncnorm.distributed.groups import Group
+from syncnorm.distributed.processes import refuse_fork
 
 __all__ = [
     "NUM_WORDS",
@@ -123,7 +124,8 @@ class Call:
 class Ledger:
     """What a rank remembers of one live group."""
 
-    def __init__(self) -> None:
+    def __init__(self, rank: int = 0) -> None:
+        self.rank, self.pid = rank, os.getpid()
         self.width = _FIRST_WIDTH
         self.exchanges = 0
         self.layers: WeakKeyDictionary[Any, list[int]] = WeakKeyDictionary()  # first exchange, forward calls
@@ -146,11 +148,16 @@ _LEDGERS: WeakKeyDictionary[Any, Ledger] = WeakKeyDictionary()
 
 
 def ledger_of(group: Group) -> Ledger:
-    """The ledger of this rank for ``group``, of more than one rank."""
+    """The ledger of this rank for ``group``, of more than one rank.
+
+    Raises:
+        SyncNormError: In a fork of the process that is the rank.
+    """
     live = find_group(group.name)
     ledger = _LEDGERS.get(live)
     if ledger is None:
-        ledger = _LEDGERS[live] = Ledger()
+        ledger = _LEDGERS[live] = Ledger(group_ranks(group.name)[group_position(group.name)])
+    refuse_fork(ledger.pid, ledger.rank)
     return ledger
 
 

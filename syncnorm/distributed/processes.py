@@ -5,7 +5,9 @@ import socket
 from pathlib import Path
 from typing import Any
 
-__all__ = ["boot_id", "host", "identity", "is_running", "look", "number"]
+from syncnorm.errors import SyncNormError
+
+__all__ = ["boot_id", "host", "identity", "is_running", "look", "number", "refuse_fork"]
 
 
 def identity() -> dict[str, Any]:
@@ -39,6 +41,15 @@ def number() -> int:
         return int(os.readlink("/proc/self"))
     except OSError:
         return os.getpid()
+
+
+def refuse_fork(pid: int, rank: int) -> None:
+    """Raise in a fork of process ``pid``: it has the connections of the rank, and none of the threads that serve them."""
+    if os.getpid() != pid:
+        raise SyncNormError(
+            f"process {os.getpid()} is a fork of process {pid}, which is rank {rank}, and has no part in its process group. "
+            "Start processes of ranks with spawn or forkserver; in a worker of a DataLoader use layers in eval mode."
+        )
 
 
 def look(pid: int) -> tuple[str, str]:

@@ -17,7 +17,7 @@ import weakref
 import torch
 from torch import Tensor
 
-from syncnorm.distributed.processes import look, number
+from syncnorm.distributed.processes import look, number, refuse_fork
 from syncnorm.errors import SyncNormError, SyncNormMismatch, SyncNormPeerLost, SyncNormTimeout
 from syncnorm.kernels import native
 
@@ -151,11 +151,7 @@ class Segment:
             SyncNormMismatch: On all ranks alike, if they brought rows of different lengths.
             SyncNormError: In a fork of the process that joined the group, or after one of the first two.
         """
-        if os.getpid() != self._pid:
-            raise SyncNormError(
-                f"process {os.getpid()} is a fork of process {self._pid}, which is rank {self._members[self._rank]}, and "
-                "has no part in its process group. Start processes of ranks with spawn or forkserver."
-            )
+        refuse_fork(self._pid, self._members[self._rank])
         with self._lock:
             if self._broken is not None:
                 raise SyncNormError(
