@@ -2,6 +2,7 @@
 
 import atexit
 import gc
+import math
 import os
 import re
 import signal
@@ -116,6 +117,66 @@ def test_a_rank_that_waits_in_an_exchange_of_another_group_is_told_from_one_in_u
         assert "with ranks [0, 1]" in text
 
 
+def _late_to_the_first() -> Outcome:
+    syncnorm.set_watch(1.0)
+    layer, x = syncnorm.SyncBatchNorm1d(8), torch.randn(4, 8)
+    if dist.get_rank():
+        time.sleep(2.0)
+    start = time.perf_counter()
+    with pytest.raises(syncnorm.SyncNormTimeout) as caught:
+        layer(x)
+    return type(caught.value).__name__, str(caught.value), time.perf_counter() - start
+
+
+@pytest.mark.gloo
+def test_a_rank_that_comes_too_late_to_the_first_exchange_hears_what_the_others_found() -> None:
+    for _, text, seconds in run_ranks(_late_to_the_first, 2, timeout=30):
+        assert "ranks [1] did not come to the first exchange of the process group of ranks [0, 1] within 1 s" in text
+        assert seconds < 10
+
+
+def _interrupted() -> str:
+    syncnorm.set_watch(2.0)
+    layer, x = syncnorm.SyncBatchNorm1d(8), torch.randn(4, 8)
+    layer(x)
+    if dist.get_rank():
+        signal.signal(signal.SIGALRM, lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        signal.setitimer(signal.ITIMER_REAL, 0.4)
+        with pytest.raises(KeyboardInterrupt):
+            layer(x)
+        time.sleep(5)
+        return ""
+    time.sleep(1.0)
+    layer(x)  # what rank 1 had sent before it was interrupted is valid
+    with pytest.raises(syncnorm.SyncNormTimeout) as caught:
+        layer(x)
+    return str(caught.value)
+
+
+@pytest.mark.gloo
+def test_a_rank_that_was_interrupted_is_not_said_to_wait() -> None:
+    text = run_ranks(_interrupted, 2, timeout=30)[0]
+    assert "ranks [1] run code outside of synchronised layers" in text
+    assert "rank 1 after SyncBatchNorm1d (first met at exchange #1) call 2 forward" in text
+
+
+def _watched_for_longer() -> list[timedelta]:
+    limits, layer = [], syncnorm.SyncBatchNorm1d(8)
+    for seconds in (5.0, 100.0, math.inf):
+        syncnorm.set_watch(seconds)
+        layer(torch.randn(4, 8))
+        names = dist.distributed_c10d._world.pg_names.values()
+        (own,) = [name for name in names if name != dist.group.WORLD.group_name]
+        limits.append(collectives.group_timeout(own, "cpu"))
+    return limits
+
+
+@pytest.mark.gloo
+def test_the_limit_of_gloo_stays_behind_that_of_the_watch() -> None:
+    for first, second, third in run_ranks(_watched_for_longer, 2, timeout=30):
+        assert (first, second) == (timedelta(seconds=65), timedelta(seconds=160)) and third > timedelta(days=300)
+
+
 def _leaves_the_world_usable() -> list[Any]:
     syncnorm.set_watch(2.0)
     layer, x = syncnorm.SyncBatchNorm1d(8), torch.randn(4, 8)
@@ -201,7 +262,7 @@ def _private_hooks(watched: bool) -> None:
     del pair
     gc.collect()
     assert held() is None  # or its connections would stay, and those who wait for this rank would wait on
-    with pytest.raises(RuntimeError, match="resolve"):
+    with pytest.raises(syncnorm.SyncNormError, match="does not exist here"):
         collectives.find_group(name)
 
 

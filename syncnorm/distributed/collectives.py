@@ -28,6 +28,7 @@ __all__ = [
     "group_store",
     "group_timeout",
     "is_initialized",
+    "set_group_timeout",
 ]
 
 
@@ -90,6 +91,11 @@ def group_timeout(name: str, device_type: str) -> timedelta:
     options = getattr(find_group(name)._get_backend(torch.device(device_type)), "options", None)
     timeout: timedelta = getattr(options, "_timeout", dist.default_pg_timeout)
     return timeout
+
+
+def set_group_timeout(name: str, timeout: timedelta) -> None:
+    """Let collectives of the named gloo group wait that long from now on."""
+    find_group(name)._get_backend(torch.device("cpu"))._set_default_timeout(timeout)
 
 
 def group_store(name: str) -> dist.Store:

@@ -7,7 +7,6 @@ from one that is stopped and from one that runs other code, and one rank's findi
 
 import atexit
 import json
-import os
 import threading
 import time
 import weakref
@@ -18,19 +17,26 @@ from weakref import WeakKeyDictionary, WeakSet
 import torch.distributed as dist
 from torch import Tensor
 
-from syncnorm.distributed.collectives import begin_all_reduce, find_group, group_ranks, group_store, is_initialized
+from syncnorm.distributed.assembly import GONE, acquaintances, assemble, failure_of
+from syncnorm.distributed.collectives import (
+    begin_all_reduce,
+    find_group,
+    group_ranks,
+    group_store,
+    is_initialized,
+    set_group_timeout,
+)
 from syncnorm.distributed.groups import Group
 from syncnorm.distributed.notes import printable
-from syncnorm.distributed.processes import host, identity, is_running
-from syncnorm.distributed.wire.board import Board
+from syncnorm.distributed.processes import identity, is_running
 from syncnorm.errors import SyncNormError, SyncNormPeerLost, SyncNormTimeout
 
 __all__ = ["is_watching", "set_watch", "sum_watched"]
 
 _TURN = 0.25  # seconds between two looks; what a fault costs beyond what finding it needs
 _SILENCE = 2.0  # seconds without a word after which a rank does not answer: eight turns of its thread
-_GONE = "The group cannot be used again: end the run, or start it again from the last checkpoint."
 _SHOWN = 200
+_YEAR = 365 * 86400.0
 
 _patience: float | None = None
 
@@ -45,7 +51,8 @@ def set_watch(seconds: float | None) -> None:
     watched.
 
     Args:
-        seconds: How long ranks wait for one that lives and does not come; None to stop watching.
+        seconds: How long ranks wait for one that lives and does not come, ``math.inf`` for as long as it takes; None to stop
+            watching.
 
     Raises:
         ValueError: If ``seconds`` is not positive.
@@ -55,7 +62,7 @@ def set_watch(seconds: float | None) -> None:
         raise ValueError(f"ranks must wait for some time, got {seconds} seconds. None stops the watch.")
     _patience = seconds
     if seconds is not None and is_initialized():  # so that a rank that ends before it has met anybody is known to have
-        _acquaintances().set(str(dist.get_rank()), json.dumps(identity()))
+        acquaintances().set(str(dist.get_rank()), json.dumps(identity()))
 
 
 def is_watching() -> bool:
@@ -79,20 +86,20 @@ def sum_watched(row: Tensor, group: Group, place: str) -> Tensor:
     post = _post(group, place, _patience)
     post.enter(place)
     work = begin_all_reduce(row, post.name)
-    start = time.monotonic()
-    while True:
-        try:
-            work.wait(timedelta(seconds=_TURN))
-            break
-        except RuntimeError as error:
-            broken = str(error) if work.is_completed() else None  # else a turn is over, and the work goes on
-        waited = time.monotonic() - start
-        failure = post.failure(waited, broken, _patience)
-        if failure is not None:
-            del work
-            raise failure  # and stay inside, for those who look where this rank has been
-    post.leave()
-    return row
+    start, failure = time.monotonic(), None
+    try:
+        while failure is None:
+            try:
+                work.wait(timedelta(seconds=_TURN))
+                return row
+            except RuntimeError as error:
+                broken = str(error) if work.is_completed() else None  # else a turn is over, and the work goes on
+            failure = post.failure(time.monotonic() - start, broken, _patience)
+    finally:
+        if failure is None:  # else stay inside, for those who look where this rank has been
+            post.leave()  # Ctrl-C included
+    del work
+    raise failure
 
 
 class _Post:
@@ -104,7 +111,7 @@ class _Post:
     def __init__(self, live: Any, ranks: tuple[int, ...], me: int, name: str, store: Any) -> None:
         self._live = weakref.ref(live)  # the group that is watched
         self.ranks, self.me, self.name, self.store = ranks, me, name, store
-        self.place, self.inside, self.meetings = "", False, 0
+        self.place, self.inside, self.meetings, self.limit = "", False, 0, timedelta(0)
         self.told: str | None = None
         self.told_kind = ""
         self.heard: dict[int, tuple[int, float]] = {}  # last count of a rank's thread, and when it was new
@@ -123,7 +130,7 @@ class _Post:
 
     def enter(self, place: str) -> None:
         if self.told is not None:
-            raise self._error(self.told_kind, self.told)
+            raise failure_of(self.told_kind, self.told)
         self.meetings += 1
         self.place, self.inside = place, True
 
@@ -143,7 +150,7 @@ class _Post:
             gone = [r for r, record in self.seen_alive.items() if r != self.me and not is_running(record)]
             reached = self._look()  # after the processes: who ends because of a finding has told it
             if self.told is not None:
-                return self._error(self.told_kind, self.told)
+                return failure_of(self.told_kind, self.told)
             silent = self._silent()
             if gone:
                 return self._find("lost", f"ranks {gone} are gone: their processes have ended", waited)
@@ -202,13 +209,10 @@ class _Post:
         """Tell the others, and make the error."""
         places = "; ".join(f"rank {r} {_where(record)}" for r, record in sorted(self.records.items()))
         known = f"A moment ago: {places}" if self._reached else "The store, which knows where all were, is out of reach"
-        text = f"{what}. Waited {waited:.1f} s in {self.place}. {known}. {_GONE}"
+        text = f"{what}. Waited {waited:.1f} s in {self.place}. {known}. {GONE}"
         self.told, self.told_kind, self._finding = text, kind, json.dumps([kind, text])
         self._look()
-        return self._error(kind, text)
-
-    def _error(self, kind: str, text: str) -> SyncNormError:
-        return (SyncNormPeerLost if kind == "lost" else SyncNormTimeout)(text)
+        return failure_of(kind, text)
 
     def _look(self) -> bool:
         """Tell and hear at once; whether the store answered."""
@@ -264,48 +268,23 @@ def _end_all() -> None:
 def _post(group: Group, where: str, patience: float) -> _Post:
     live = find_group(group.name)
     post = _POSTS.get(live)
+    # Gloo's own time limit lies behind ours, which knows whom to name.
+    limit = timedelta(seconds=min(patience + 60, _YEAR))
     if post is None:
         ranks, me = group_ranks(group.name), dist.get_rank()
         try:
-            _assemble(group, ranks, ranks.index(me), patience)
+            assemble(group, ranks, ranks.index(me), patience)
         except (SyncNormPeerLost, SyncNormTimeout) as error:
             raise type(error)(f"{error} This rank was in {where}.") from None
-        # Its own time limit lies behind ours, which knows whom to name.
-        limit = timedelta(seconds=patience + 60)
         own = dist.new_group(list(ranks), timeout=limit, backend="gloo", use_local_synchronization=True)
         name = own.group_name
         del own  # a group that somebody holds cannot be destroyed
         store = dist.PrefixStore(f"watch/{name}", group_store(group.name))
         post = _POSTS[live] = _Post(live, ranks, me, name, store)
+    if post.limit != limit:
+        set_group_timeout(post.name, limit)
+        post.limit = limit
     return post
-
-
-def _assemble(group: Group, ranks: tuple[int, ...], place: int, patience: float) -> None:
-    """Wait until all are here, or say who is not: to make a group waits for all of them, and names nobody."""
-    store = dist.PrefixStore("watch", group_store(group.name))
-    # Numbered, for a group that is made again has the same name and may have the same store.
-    store = dist.PrefixStore(str(store.add(f"made/{place}", 1)), store)
-    board = Board(store, place, ranks, patience)
-    board.post(f"facts/{place}", os.getpid())
-    here, known = [f"facts/{other}" for other in range(len(ranks))], _acquaintances()
-    deadline, pause = time.monotonic() + patience, 0.001
-    while not store.check(here) and time.monotonic() < deadline:
-        told = {rank: json.loads(known.get(str(rank))) for rank in ranks if known.check([str(rank)])}
-        gone = [rank for rank, record in told.items() if record["host"] == host() and not is_running(record)]
-        if gone and not store.check(here):
-            # The finding of the first counts: by now it may have ended itself.
-            gone = json.loads(store.compare_set("gone", "", json.dumps(gone)))
-            raise SyncNormPeerLost(f"ranks {gone} are gone: their processes have ended. {_GONE}")
-        time.sleep(pause)
-        pause = min(2 * pause, _TURN)
-    board.read(here)
-
-
-def _acquaintances() -> dist.Store:
-    """Where each rank of the world says which process it is, once it watches."""
-    world = dist.group.WORLD
-    assert world is not None
-    return dist.PrefixStore("processes", group_store(world.group_name))
 
 
 def find_group_or_none(name: str) -> Any:

@@ -2,7 +2,7 @@
 
 import json
 import time
-from typing import Any, NoReturn
+from typing import Any
 
 import torch.distributed as dist
 
@@ -32,17 +32,18 @@ class Board:
         pause = 0.0002
         while not self._store.check(keys):
             if time.monotonic() > self._deadline:
-                self._raise_late()
+                raise SyncNormTimeout(self.late())
             time.sleep(pause)
             pause = min(1.5 * pause, 0.02)
         return [json.loads(self._store.get(key)) for key in keys]
 
-    def _raise_late(self) -> NoReturn:
+    def late(self) -> str:
+        """Who has not come in time, in words."""
         missing = [rank for place, rank in enumerate(self.members) if not self._store.check([f"facts/{place}"])]
         who = (
             f"ranks {missing} did not come" if missing else f"rank {self.members[0]} or its answer did not come in time"
         )
-        raise SyncNormTimeout(
+        return (
             f"{who} to the first exchange of the process group of ranks {list(self.members)} within {self._limit:g} s, its "
             "time limit. All ranks of a group run its synchronised layers, in the same order."
         )
