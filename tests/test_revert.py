@@ -154,6 +154,25 @@ def test_a_model_built_on_meta_gets_real_statistics() -> None:
     assert layer.weight.device.type == "cpu"
 
 
+@pytest.mark.parametrize(("to", "options"), [("rms_norm", {}), ("layer_norm", {"affine": False})])
+def test_what_was_dropped_follows_the_model(to: str, options: dict[str, Any]) -> None:
+    """A weight or bias that the replacement has not is no part of the model while that is cast or materialised."""
+    for dtype in (torch.float64, torch.bfloat16):
+        model = syncnorm.convert(nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4)), to, **options).to(dtype)
+        layer = syncnorm.revert(model)[1]
+        assert {tensor.dtype for tensor in layer.state_dict().values()} == {dtype, torch.int64}
+        model(torch.randn(5, 3, dtype=dtype))
+    model = syncnorm.convert(nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4)).to("meta"), to, **options)
+    layer = syncnorm.revert(model.to_empty(device="cpu"))[1]
+    assert layer.bias.eq(0).all() and layer.bias.requires_grad and (to == "rms_norm" or layer.weight.eq(1).all())
+
+
+def test_a_layer_of_another_dtype_than_the_model_keeps_it() -> None:
+    model = nn.Sequential(nn.Linear(3, 4, dtype=torch.bfloat16), nn.BatchNorm1d(4))
+    layer = syncnorm.revert(syncnorm.convert(model, "layer_norm", affine=False))[1]
+    assert {tensor.dtype for tensor in layer.state_dict().values()} == {torch.float32, torch.int64}
+
+
 def test_layers_of_ours_become_plain_batch_norm() -> None:
     ours = [
         syncnorm.SyncBatchNorm1d(3),

@@ -9,7 +9,7 @@ from torch.nn.modules.conv import _ConvNd
 from syncnorm.conversion._filters import swap_filters
 from syncnorm.conversion._layers import display
 from syncnorm.conversion._plan import Plan, plan, shorten, skipped_text
-from syncnorm.conversion._replace import blueprint, build_replacement, like_tensor, put
+from syncnorm.conversion._replace import around, blueprint, build_replacement, like_tensor, put
 from syncnorm.conversion._select import Patterns
 from syncnorm.conversion._targets import TARGETS, default_of
 from syncnorm.conversion._validate import refuse_broken
@@ -88,7 +88,10 @@ def convert(
     refuse_broken(made)
     _warn(made)
     root = model
-    like = {id(entry._layer.module): like_tensor(entry._layer, model) for entry in made.entries}
+    replaced = {id(entry._layer.module) for entry in made.entries if entry.action == "replace"}
+    like = {
+        id(e._layer.module): (like_tensor(e._layer, model), around(e._layer, model, replaced)) for e in made.entries
+    }
     for entry in made.entries:
         module = entry._layer.module
         if entry.action == "swap" and isinstance(module, _ConvNd):
@@ -99,7 +102,7 @@ def convert(
         elif entry.action == "replace":
             replacement = blueprint(module, to, made.options)
             assert replacement is not None
-            new = build_replacement(module, replacement, like[id(module)])
+            new = build_replacement(module, replacement, *like[id(module)])
             put(entry._layer.places, new)
             root = new if module is model else root
     for name, module in root.named_modules():

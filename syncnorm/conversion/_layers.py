@@ -42,13 +42,15 @@ class Origin:
         module: The original object.
         to: What it was converted to.
         made: The call that made the layer in its place, in words.
-        dtype: Of its weight then.
+        dtype: Of its weight then; of its statistics where it had none.
+        around: Of what was around it then.
     """
 
     module: nn.Module
     to: str
     made: str
     dtype: torch.dtype | None = None
+    around: torch.dtype | None = None
 
 
 class Place(NamedTuple):

@@ -22,6 +22,7 @@ from syncnorm.modules._swap import HALVES, OURS
 __all__ = [
     "STATISTICS",
     "Blueprint",
+    "around",
     "blueprint",
     "build_replacement",
     "like_tensor",
@@ -89,13 +90,14 @@ def blueprint(module: nn.Module, to: str, options: Mapping[str, Any]) -> Bluepri
     return Blueprint(layer, num_features, arguments, to)
 
 
-def build_replacement(module: nn.Module, made: Blueprint, like: Tensor | None) -> nn.Module:
+def build_replacement(module: nn.Module, made: Blueprint, like: Tensor | None, near: Tensor | None) -> nn.Module:
     """The layer of a blueprint with what ``module`` has: parameters, statistics, hooks, training flag, users' attributes.
 
     Args:
         module: The batch norm of the blueprint.
         made: The blueprint.
         like: Device and dtype of parameters that have to be made, where ``module`` has no tensor to tell.
+        near: A tensor of what is :func:`around`.
     """
     weight = module._parameters.get("weight")
     own = next((b for b in module._buffers.values() if b is not None and b.is_floating_point()), like)
@@ -114,15 +116,21 @@ def build_replacement(module: nn.Module, made: Blueprint, like: Tensor | None) -
             new.__dict__[name] = value
     new.training = module.training
     _aim_hooks(new, module, new)
-    set_origin(new, Origin(module, made.target, str(made), None if weight is None else weight.dtype))
+    dtypes = (None if tensor is None else tensor.dtype for tensor in (like, near))
+    set_origin(new, Origin(module, made.target, str(made), *dtypes))
     new.register_load_state_dict_pre_hook(_take_batch_norms_checkpoint)
     if _one_value_per_features_row(module, new):
         new.register_forward_pre_hook(_refuse_features)
     return new
 
 
-def restore_origin(module: nn.Module, like: Tensor | None) -> nn.Module:
-    """The original of a replacement, with the parameters, statistics, hooks, training flag and device it has now."""
+def restore_origin(module: nn.Module, near: Tensor | None) -> nn.Module:
+    """The original of a replacement, with the parameters, statistics, hooks, training flag, device and dtype it has now.
+
+    Args:
+        module: The replacement.
+        near: A tensor of what is :func:`around`, which tells what was done to all where the replacement has no parameter.
+    """
     origin = origin_of(module)
     assert origin is not None
     old = origin.module
@@ -135,13 +143,15 @@ def restore_origin(module: nn.Module, like: Tensor | None) -> nn.Module:
     for name, value in module.__dict__.items():
         if "_hook" in name:
             old.__dict__[name] = value
-    followers = [name for name, buffer in old._buffers.items() if buffer is not None and buffer.dtype == origin.dtype]
-    _take(old._parameters, module._parameters, _AFFINE)
+    mine = {**old._parameters, **old._buffers}
+    followers = [name for name, tensor in mine.items() if tensor is not None and tensor.dtype == origin.dtype]
+    taken = _take(old._parameters, module._parameters, _AFFINE)
     _take(old._buffers, module._buffers, STATISTICS)
-    now: Tensor | None = module._parameters.get("weight")
-    now = like if now is None else now
+    own = next((parameter for parameter in module._parameters.values() if parameter is not None), None)
+    now = near if own is None else own
     if now is not None:
-        _bring(old, now, followers)
+        as_it_was = own is None and now.dtype == origin.around
+        _bring(old, now.device, origin.dtype if as_it_was else now.dtype, followers, taken)
     old.training = module.training
     return old
 
@@ -150,6 +160,18 @@ def put(layer_places: Iterable[tuple[nn.Module, str]], module: nn.Module) -> Non
     """Give ``module`` every place; the order of a parent's children stays."""
     for parent, key in layer_places:
         parent._modules[key] = module
+
+
+def around(layer: Layer, model: nn.Module, replaced: set[int]) -> Tensor | None:
+    """A tensor of what holds the layer, or of the model, but of no layer whose ``id`` is among ``replaced``."""
+    for holder in (*(parent for parent, _ in layer.places), model):
+        for module in holder.modules():
+            for tensor in (
+                (*module._parameters.values(), *module._buffers.values()) if id(module) not in replaced else ()
+            ):
+                if tensor is not None and tensor.is_floating_point():
+                    return tensor
+    return None
 
 
 def like_tensor(layer: Layer, model: nn.Module) -> Tensor | None:
@@ -180,26 +202,33 @@ def _aim_hooks(holder: nn.Module, source: nn.Module, target: nn.Module) -> None:
             hook.module = weakref.ref(target)
 
 
-def _take(mine: dict[str, Any], theirs: dict[str, Any], names: Iterable[str]) -> None:
-    mine.update({name: theirs[name] for name in names if mine.get(name) is not None and theirs.get(name) is not None})
+def _take(mine: dict[str, Any], theirs: dict[str, Any], names: Iterable[str]) -> list[str]:
+    taken = [name for name in names if mine.get(name) is not None and theirs.get(name) is not None]
+    mine.update({name: theirs[name] for name in taken})
+    return taken
 
 
-def _bring(old: nn.Module, now: Tensor, followers: list[str]) -> None:
-    """Move what the model did not see meanwhile to where the layer is now; followers share the dtype of its weight."""
-    for parameter in old._parameters.values():
-        if parameter is not None and parameter.device != now.device:  # dropped by affine=False
-            parameter.data = parameter.data.to(now.device, now.dtype)
+def _bring(
+    old: nn.Module, device: torch.device, dtype: torch.dtype | None, followers: list[str], taken: list[str]
+) -> None:
+    """Move what the model did not see meanwhile to where the layer is now; followers come to ``dtype``."""
+    for name, parameter in old._parameters.items():
+        if parameter is not None and name not in taken:  # one that was dropped
+            moved = _moved(parameter.detach(), name, device, dtype if name in followers else None)
+            if parameter.is_meta == moved.is_meta:
+                parameter.data = moved
+            else:
+                old._parameters[name] = nn.Parameter(moved, parameter.requires_grad)
     for name, buffer in old._buffers.items():
-        if buffer is None:
-            continue
-        dtype = now.dtype if name in followers else buffer.dtype
-        if buffer.is_meta and not now.is_meta:
-            fill = 1 if name == "running_var" else 0
-            old._buffers[name] = torch.full_like(buffer, fill, device=now.device, dtype=dtype)
-        elif buffer.device != now.device or buffer.dtype != dtype:
-            old._buffers[name] = (
-                buffer.to(now.device, dtype) if not now.is_meta else torch.empty_like(buffer, device="meta")
-            )
+        if buffer is not None:
+            old._buffers[name] = _moved(buffer, name, device, dtype if name in followers else None)
+
+
+def _moved(tensor: Tensor, name: str, device: torch.device, dtype: torch.dtype | None) -> Tensor:
+    if tensor.is_meta and device.type != "meta":
+        fill = 1 if name in ("weight", "running_var") else 0
+        return torch.full_like(tensor, fill, device=device, dtype=dtype)
+    return tensor.to(device, dtype)
 
 
 def _take_batch_norms_checkpoint(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:

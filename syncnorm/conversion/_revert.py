@@ -9,7 +9,7 @@ from syncnorm.conversion._filters import plain_filters
 from syncnorm.conversion._fused_forward import unfuse
 from syncnorm.conversion._layers import SHARDED, class_names, find_layers, origin_of, qualified_type
 from syncnorm.conversion._plan import shorten
-from syncnorm.conversion._replace import like_tensor, put, restore_origin
+from syncnorm.conversion._replace import around, like_tensor, put, restore_origin
 from syncnorm.errors import SyncNormError
 from syncnorm.modules import BatchNorm, SyncStatistics
 
@@ -56,8 +56,9 @@ def revert(model: nn.Module, *, dim: int | None = None) -> nn.Module:
             f"revert puts the original modules back in place of {shorten([layer.names[0] for layer in replaced])}, and "
             "FSDP has sharded the model as it is. Revert the unwrapped model; nothing was changed."
         )
-    for layer in replaced:
-        old = restore_origin(layer.module, like_tensor(layer, model))
+    near = [around(layer, model, {id(each.module) for each in replaced}) for layer in replaced]
+    for layer, tensor in zip(replaced, near, strict=True):
+        old = restore_origin(layer.module, like_tensor(layer, model) if tensor is None else tensor)
         put(layer.places, old)
         root = old if layer.module is model else root
         _mark_given_back(old, dim)
