@@ -16,7 +16,7 @@ from syncnorm.distributed import GroupSpec, resolve
 from syncnorm.distributed.wire import describe, handshake, set_exchange, shm, sum_row
 from syncnorm.distributed.wire.crowding import crowded
 from syncnorm.distributed.wire.handshake import Facts, decide
-from syncnorm.errors import SyncNormError, SyncNormTimeout
+from syncnorm.errors import SyncNormError, SyncNormMismatch, SyncNormTimeout
 from syncnorm.kernels import native
 from syncnorm.kernels.native import _build
 from syncnorm.testing import RankError, count_collectives, run_ranks
@@ -53,6 +53,12 @@ def _facts(
             "mismatch",
             "ranks of one group were asked for different exchanges: 'auto' on rank 4, 'shm' on rank 7. Set the same on all "
             "of them (syncnorm.set_exchange, SYNCNORM_EXCHANGE).",
+        ),
+        (
+            [_facts(), _facts()._replace(check="off")],
+            "mismatch",
+            "ranks of one group compare at different levels: 'inline' on rank 4, 'off' on rank 7. Set the same on all of them "
+            "(syncnorm.set_check, SYNCNORM_CHECK).",
         ),
     ],
 )
@@ -181,6 +187,23 @@ def test_ranks_asked_for_different_things_raise_alike() -> None:
         "SyncNormMismatch: ranks of one group were asked for different exchanges: 'auto' on rank 0, 'co"
     )
     assert first[2] == "[3.0]"
+
+
+def _compares_otherwise() -> str:
+    os.environ["SYNCNORM_CHECK"] = ["inline", "off"][dist.get_rank()]
+    set_exchange("collective")  # where rows of two lengths end a healthy process
+    layer = syncnorm.SyncBatchNorm1d(4)
+    with pytest.raises(SyncNormMismatch) as caught:
+        layer(torch.randn(3, 4))
+    syncnorm.set_check("off")
+    layer(torch.randn(3, 4))
+    return str(caught.value)
+
+
+@pytest.mark.gloo
+def test_ranks_that_compare_at_different_levels_raise_alike() -> None:
+    for text in run_ranks(_compares_otherwise, 2):
+        assert "ranks of one group compare at different levels: 'inline' on rank 0, 'off' on rank 1" in text
 
 
 def _absent(missing: int) -> tuple[float, str]:

@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 
 from syncnorm.distributed.collectives import group_ranks, group_store, group_timeout
+from syncnorm.distributed.ledger import check_level
 from syncnorm.distributed.processes import boot_id, number
 from syncnorm.distributed.wire import shm, symmetric
 from syncnorm.distributed.wire.board import Board
@@ -32,6 +33,7 @@ class Facts(NamedTuple):
         threads: Threads that torch uses in it.
         cores: The cores it may run on, as a hexadecimal mask.
         objection: Why it cannot have what was asked for, or shared memory if nothing was; None if it can.
+        check: How much it compares, which says how long its rows are.
     """
 
     asked: str
@@ -40,6 +42,7 @@ class Facts(NamedTuple):
     threads: int
     cores: str
     objection: str | None
+    check: str = "inline"
 
 
 class Way(NamedTuple):
@@ -59,7 +62,8 @@ class Way(NamedTuple):
 def facts(asked: str, device_type: str) -> Facts:
     """The facts of this rank, for rows on a type of device."""
     objection = own_objection(asked, device_type)
-    return Facts(asked, boot_id(), shm.this_process(), torch.get_num_threads(), own_cores(), objection)
+    threads = torch.get_num_threads()
+    return Facts(asked, boot_id(), shm.this_process(), threads, own_cores(), objection, check_level())
 
 
 def own_objection(asked: str, device_type: str) -> str | None:
@@ -74,14 +78,14 @@ def own_objection(asked: str, device_type: str) -> str | None:
 
 def decide(told: Sequence[Facts], members: Sequence[int]) -> tuple[str, str]:
     """The way for these ranks (``"mismatch"`` and ``"refused"`` are errors), and the reason."""
-    asked = {rank: fact.asked for rank, fact in zip(members, told, strict=True)}
-    if len(set(asked.values())) > 1:
-        first = {value: rank for rank, value in reversed(asked.items())}
-        one = ", ".join(f"{value!r} on rank {rank}" for value, rank in sorted(first.items(), key=lambda item: item[1]))
-        return "mismatch", (
-            f"ranks of one group were asked for different exchanges: {one}. Set the same on all of them "
-            "(syncnorm.set_exchange, SYNCNORM_EXCHANGE)."
-        )
+    for what, where, values in (
+        ("were asked for different exchanges", "syncnorm.set_exchange, SYNCNORM_EXCHANGE", [f.asked for f in told]),
+        ("compare at different levels", "syncnorm.set_check, SYNCNORM_CHECK", [f.check for f in told]),
+    ):
+        first = {value: rank for rank, value in reversed(list(zip(members, values, strict=True)))}
+        if len(first) > 1:
+            one = ", ".join(f"{value!r} on rank {rank}" for value, rank in sorted(first.items(), key=lambda i: i[1]))
+            return "mismatch", f"ranks of one group {what}: {one}. Set the same on all of them ({where})."
     if told[0].asked == "collective":
         return "collective", "asked for by name"
     wanted = "symmetric" if told[0].asked == "symmetric" else "shm"

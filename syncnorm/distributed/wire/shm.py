@@ -188,7 +188,8 @@ class Segment:
             words = {rank: self._shared.words(place, exchange) for place, rank in enumerate(self._members)}
             raise SyncNormMismatch(
                 f"ranks brought rows of different lengths to one exchange: {words} (words by rank). They are in different "
-                "layers, or one in a forward and another in a backward. Nothing was changed."
+                "layers, one in a forward and another in a backward, or compare at different levels (syncnorm.set_check). "
+                "Nothing was changed."
             )
 
     def _missing(self) -> list[int]:
