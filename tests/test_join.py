@@ -127,6 +127,28 @@ def test_without_it_there_is_a_named_error() -> None:
     assert run_ranks(_no_join, 2, timeout=60, group_timeout=8)[0] == "SyncNormTimeout"
 
 
+def _one_with_data_ends() -> str:
+    syncnorm.set_watch(20.0)
+    rank = dist.get_rank()
+    layer = syncnorm.SyncBatchNorm1d(6, dtype=torch.float64)
+    try:
+        with syncnorm.join(layer):
+            for step in range(STEPS[rank]):
+                loss(layer(batch(step, rank))).backward()
+                if step == 3:
+                    os._exit(3)
+    except RuntimeError as error:  # that of torch, which meets the ranks in its own way, names nobody
+        return f"{type(error).__name__}: {error}"
+    return "completed"
+
+
+@pytest.mark.gloo
+def test_who_stands_in_for_itself_names_one_with_data_that_ends() -> None:
+    for text in run_ranks(_one_with_data_ends, 3, timeout=60, group_timeout=20, lost=[0])[1:]:
+        assert text.startswith("SyncNormPeerLost: ranks [0] are gone: their processes have ended"), text
+        assert "no layer: it has run out of data and stands in" in text
+
+
 def test_a_lone_process_has_nobody_to_wait_for() -> None:
     layer, exact = syncnorm.SyncBatchNorm1d(6, dtype=torch.float64), nn.BatchNorm1d(6, dtype=torch.float64)
     x = torch.randn(4, 6, dtype=torch.float64)

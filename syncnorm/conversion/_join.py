@@ -41,7 +41,8 @@ def join(model: nn.Module, **options: Any) -> Iterator[nn.Module]:
 
     Raises:
         SyncNormError: If checks are ``"off"``, since the rows then do not say how long they are; or if the model has other
-            layers of ours that meet ranks, such as a SwitchableNorm or ghosts that join ranks.
+            layers of ours that meet ranks, such as a SwitchableNorm or ghosts that join ranks; or, on a rank that answers,
+            if one that still has data ends.
 
     Example:
         >>> with syncnorm.join(ddp_model):  # doctest: +SKIP
@@ -81,9 +82,11 @@ def join(model: nn.Module, **options: Any) -> Iterator[nn.Module]:
             layer._group_spec = specs[spec][0]
         with Join(joinables, **options):
             yield model
-    except BaseException:
+    except BaseException as error:
         for spec in specs:
             forget_twin(spec)
+        if isinstance(error, RuntimeError) and (found := stand_in.failure()):  # torch's own error names nobody
+            raise found from error
         raise
     finally:
         step.remove()

@@ -4,6 +4,7 @@ In the end all ranks have the buffers of the one that has counted the most batch
 """
 
 import threading
+import time
 from contextlib import suppress
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -18,9 +19,11 @@ from syncnorm.distributed.collectives import all_reduce_sum, find_group, group_d
 from syncnorm.distributed.gather import gather_rows
 from syncnorm.distributed.groups import Group, GroupSpec, group_spec, resolve
 from syncnorm.distributed.ledger import begin_anew
+from syncnorm.errors import SyncNormError
 
 __all__ = ["Join", "Joinable", "StandIn", "forget_twin", "twin_of"]
 
+_PATIENCE = 5.0  # seconds
 
 # By the group. Kept for the next time, as torch cannot make such a group again once it has been destroyed: the next one would
 # have its name, and read its addresses.
@@ -56,15 +59,21 @@ class StandIn(Joinable):
     Args:
         buffers: Of each group that layers meet over, and that nothing else uses, their buffers.
         device: Where their rows are.
+
+    Attributes:
+        threads: That answer, one for each group, once this rank has run out of data.
+        failures: Why they could not answer on.
     """
 
     def __init__(self, buffers: dict[Group, list[Tensor]], device: torch.device) -> None:
         super().__init__()
         self.buffers, self.device = buffers, device
+        self.threads: list[threading.Thread] = []
+        self.failures: list[SyncNormError] = []
 
     def join_hook(self, **_: Any) -> JoinHook:
         """What a rank does that has no more data."""
-        return _Answering(self.buffers, self.device)
+        return _Answering(self)
 
     @property
     def join_device(self) -> torch.device:
@@ -80,32 +89,43 @@ class StandIn(Joinable):
         """Tell the others that this rank begins a step."""
         Join.notify_join_context(self)
 
+    def failure(self) -> SyncNormError | None:
+        """Why this rank could not answer on, if it was one that answers: who has gone is known in a few seconds."""
+        deadline = time.monotonic() + _PATIENCE
+        for thread in self.threads:
+            thread.join(max(0.0, deadline - time.monotonic()))
+        return self.failures[0] if self.failures else None
+
 
 class _Answering(JoinHook):
-    def __init__(self, buffers: dict[Group, list[Tensor]], device: torch.device) -> None:
-        self.buffers, self.device = buffers, device
-        self.threads: list[threading.Thread] = []
+    def __init__(self, stand_in: StandIn) -> None:
+        self.own = stand_in
 
     def main_hook(self) -> None:
-        if self.threads:
+        if self.own.threads:
             return
-        for group in self.buffers:
+        for group in self.own.buffers:
             thread = threading.Thread(target=self._answer, args=(group,), name="syncnorm-stand-in", daemon=True)
             thread.start()
-            self.threads.append(thread)
+            self.own.threads.append(thread)
 
     def post_hook(self, is_last_joiner: bool) -> None:
-        if not self.threads:
-            for group in self.buffers:
-                dismiss(group, self.device)
-        for thread in self.threads:
+        if not self.own.threads:
+            for group in self.own.buffers:
+                dismiss(group, self.own.device)
+        for thread in self.own.threads:
             thread.join()
-        for group, buffers in self.buffers.items():
+        if self.own.failures:
+            raise self.own.failures[0]
+        for group, buffers in self.own.buffers.items():
             _take_the_latest(buffers, group)
 
     def _answer(self, group: Group) -> None:
-        while stand_in(group, self.device):
-            pass
+        try:
+            while stand_in(group, self.own.device):
+                pass
+        except SyncNormError as error:
+            self.own.failures.append(error)
 
 
 @torch.no_grad()
