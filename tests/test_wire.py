@@ -1,6 +1,7 @@
 """Tier: gloo ranks. The way of the rows: agreed by all ranks of a group from what each knows, or refused on all alike."""
 
 import os
+import signal
 import time
 import warnings
 from collections.abc import Callable
@@ -16,7 +17,7 @@ from syncnorm.distributed import GroupSpec, resolve
 from syncnorm.distributed.wire import describe, handshake, set_exchange, shm, sum_row
 from syncnorm.distributed.wire.crowding import crowded
 from syncnorm.distributed.wire.handshake import Facts, decide
-from syncnorm.errors import SyncNormError, SyncNormMismatch, SyncNormTimeout
+from syncnorm.errors import SyncNormError, SyncNormMismatch, SyncNormPeerLost, SyncNormTimeout
 from syncnorm.kernels import native
 from syncnorm.kernels.native import _build
 from syncnorm.testing import RankError, count_collectives, run_ranks
@@ -225,6 +226,31 @@ def test_a_rank_that_does_not_come_to_agree_is_named_at_the_time_limit(missing: 
             assert text.startswith(
                 f"ranks [{missing}] did not come to the first exchange of the process group of ranks [0, 1,"
             )
+
+
+def _interrupted(victim: int) -> tuple[float, str]:
+    group, began = resolve(GroupSpec()), time.monotonic()
+    if dist.get_rank() == victim:
+        signal.signal(signal.SIGALRM, lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        signal.setitimer(signal.ITIMER_REAL, 0.3)
+    if dist.get_rank() == 2:
+        time.sleep(1)
+    with pytest.raises((SyncNormPeerLost, KeyboardInterrupt)) as caught:
+        sum_row(torch.ones(3, dtype=torch.float64), group)
+    seconds = time.monotonic() - began
+    time.sleep(2 * (dist.get_rank() == victim))  # it lives
+    return seconds, str(caught.value)
+
+
+@pytest.mark.gloo
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_rank_that_is_interrupted_while_all_agree_is_named_at_once(victim: int) -> None:
+    outcomes = run_ranks(_interrupted, 3, victim, group_timeout=20)
+    for seconds, text in outcomes[:victim] + outcomes[victim + 1 :]:
+        assert text.startswith(
+            f"rank {victim} was interrupted (KeyboardInterrupt) at the first exchange of the process"
+        )
+        assert seconds < 5
 
 
 def test_groups_of_other_backends_have_the_collective() -> None:

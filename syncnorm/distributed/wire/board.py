@@ -2,11 +2,13 @@
 
 import json
 import time
+from contextlib import suppress
 from typing import Any
 
 import torch.distributed as dist
 
-from syncnorm.errors import SyncNormTimeout
+from syncnorm.distributed.notes import printable
+from syncnorm.errors import SyncNormPeerLost, SyncNormTimeout
 
 __all__ = ["Board"]
 
@@ -30,12 +32,24 @@ class Board:
 
     def read(self, keys: list[str]) -> list[Any]:
         pause = 0.0002
-        while not self._store.check(keys):
+        while True:
+            if self._store.check(["left"]):
+                rank, why = json.loads(self._store.get("left"))
+                raise SyncNormPeerLost(
+                    f"rank {int(rank)} was interrupted ({printable(why, 300)}) at the first exchange of the process group of "
+                    f"ranks {list(self.members)}, and does not come."
+                )
+            if self._store.check(keys):
+                return [json.loads(self._store.get(key)) for key in keys]
             if time.monotonic() > self._deadline:
                 raise SyncNormTimeout(self.late())
             time.sleep(pause)
             pause = min(1.5 * pause, 0.02)
-        return [json.loads(self._store.get(key)) for key in keys]
+
+    def leave(self, why: str) -> None:
+        """Tell those who read on that this rank does not."""
+        with suppress(RuntimeError):  # the store itself may have gone
+            self.post("left", [self.members[self.place], why])
 
     def late(self) -> str:
         """Who has not come in time, in words."""

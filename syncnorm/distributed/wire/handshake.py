@@ -115,6 +115,7 @@ def agree(name: str, device_type: str, asked: str) -> Way:
     Raises:
         SyncNormMismatch: On all ranks, if they were asked for different things.
         SyncNormError: On all ranks, if what they were asked for is impossible.
+        SyncNormPeerLost: If one is interrupted while they agree.
         SyncNormTimeout: If a rank does not come within the group's time limit; the text names it.
     """
     members = group_ranks(name)
@@ -123,9 +124,15 @@ def agree(name: str, device_type: str, asked: str) -> Way:
     store = dist.PrefixStore(device_type, group_store(name))
     # Numbered, for a group that is made again has the same name and may have the same store.
     board = Board(dist.PrefixStore(str(store.add(f"made/{place}", 1)), store), place, members, limit)
-    board.post(f"facts/{place}", facts(asked, device_type))
     attempt = _Attempt(name, place, members, limit)
-    verdict = _lead(board, attempt) if place == 0 else _follow(board, attempt)
+    try:
+        board.post(f"facts/{place}", facts(asked, device_type))
+        verdict = _lead(board, attempt) if place == 0 else _follow(board, attempt)
+    except SyncNormError:
+        raise
+    except BaseException as error:  # also Ctrl-C: the others must learn that this rank will not come
+        board.leave(f"{type(error).__name__} {error}".strip())
+        raise
     if str(place) in verdict["crowded"]:
         warn(*verdict["crowded"][str(place)])
     way, why = verdict["way"], verdict["why"]
