@@ -235,6 +235,18 @@ def test_bad_input() -> None:
         syncnorm.revert(layer)
 
 
+def test_two_ways_through_one_layer_in_one_graph() -> None:
+    """The first call is torch's, which saves the running statistics; the second one moves them."""
+    fused, composed = layers(None)
+    x = torch.randn(4, 5, 3, 3, dtype=torch.float64)
+    for layer in (fused, composed):
+        (layer(x).square().sum() + layer(2 * x, x.relu()).square().sum()).backward()
+    composed_state = composed.norm.state_dict()
+    assert all(torch.allclose(value, composed_state[name]) for name, value in fused.state_dict().items())
+    for mine, theirs in zip(fused.parameters(), composed.parameters(), strict=True):
+        torch.testing.assert_close(mine.grad, theirs.grad)
+
+
 def test_an_activation_is_part_of_copies_and_may_change() -> None:
     layer = syncnorm.SyncBatchNorm2d(5, activation="leaky_relu", negative_slope=0.3)
     assert "activation=leaky_relu" in repr(layer)

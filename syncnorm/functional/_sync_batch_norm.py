@@ -267,7 +267,12 @@ def _torch_batch_norm(
     counter, momentum = running.num_batches_tracked, running.momentum
     if momentum is None:
         momentum = 0.0 if counter is None or running.mean is None else 1.0 / max(int(counter) + 1, 1)
-    y = functional.batch_norm(input, running.mean, running.var, weight, bias, True, momentum, eps)
+    mean, var = running.mean, running.var
+    if not torch.compiler.is_compiling():
+        # torch saves them for a backward that does not read them. As .data a later call that moves them in the walk, with a
+        # residual or a mask, is no write to what is saved.
+        mean, var = (None if t is None else t.data for t in (mean, var))
+    y = functional.batch_norm(input, mean, var, weight, bias, True, momentum, eps)
     if counter is not None and input.numel():
         with unseen_by_selective_checkpointing():
             counter.add_(1)
