@@ -419,6 +419,12 @@ def test_what_changes_afterwards_is_respected() -> None:
     model = fused()
     model.norm = nn.BatchNorm2d(3).double()
     assert not runs_fused(model, x)
+    for name in ("norm", "act"):  # as libraries do that wrap the forward of every module
+        model = syncnorm.convert(written(TAKEN["ReLU"][0]), fuse=True).eval()
+        h = model.conv(x)
+        patched = model.get_submodule(name)
+        patched.forward = lambda y, old=patched.forward: 3 * old(y)
+        torch.testing.assert_close(model(x), model.act(model.norm(h)))
     model = fused()
     assert torch.equal(model.eval()(x, x), syncnorm.revert(copy.deepcopy(model))(x, x))  # another way through the code
     with torch.nn.modules.module.register_module_forward_hook(lambda *_: None):

@@ -181,7 +181,10 @@ def _build(block: nn.Module, norms: tuple[str, ...], inline: tuple[str, ...]) ->
         defaults={name: p.default for name, p in parameters.items() if p.default is not p.empty},
         modules=own,
         hooks=tuple(hooks for module in (*inlined, *layers.values(), *silent) for hooks in hook_dicts(module)),
-        attributes=tuple(_attributes(module) for module in (*own, *silent)),
+        attributes=(
+            *(_attributes(module) for module in (*own, *silent)),
+            *((vars(m), ("forward",), (vars(m).get("forward"),)) for m in (*inlined, *layers.values(), *silent)),
+        ),
         children=tuple((module._modules, dict(module._modules)) for module in own),
     )
 
