@@ -186,6 +186,45 @@ def test_a_residual_is_added_in_the_dtype_of_the_input(backend: str, dtype: torc
     torch.testing.assert_close(y.double(), want, rtol=0, atol=4 * torch.finfo(dtype).eps)
 
 
+LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "contiguous": lambda x: x.clone(),
+    "channels last": lambda x: x.clone(memory_format=torch.channels_last),
+    "an image [H, W, C] turned": lambda x: x[0].movedim(0, -1).contiguous().movedim(-1, 0)[None],
+    "neither": lambda x: torch.stack([x, x + 1], -1)[..., 0],
+    "one channel": lambda x: x[:, :1].clone(memory_format=torch.channels_last),
+}
+
+
+@pytest.mark.parametrize("backend", SERVING)
+@pytest.mark.parametrize("affine", [("weight",), ("bias",), ("weight", "bias")])
+@pytest.mark.parametrize("samples", [1, 3])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_gradients_of_the_parameters_alone(backend: str, affine: tuple[str, ...], samples: int, layout: str) -> None:
+    # torch's own operator crashes in some of these
+    laid_out = LAYOUTS[layout](sample(samples, 4, 5, 3))
+    channels = laid_out.size(1)
+    groups = min(2, channels)
+    parameters = [sample(channels, seed=seed).requires_grad_() for seed, _ in enumerate(affine, 1)]
+
+    def loss(parameters: list[Tensor], x: Tensor, activation: str | None) -> Tensor:
+        named = dict(zip(affine, parameters, strict=True))
+        return group_norm(x, groups, **named, activation=activation, backend=backend).pow(3).sum()
+
+    for activation in (None, "silu"):
+        wide = dict(zip(affine, (t.view(-1, 1, 1) for t in parameters), strict=True))
+        y = F.group_norm(laid_out.contiguous(), groups) * wide.get("weight", 1) + wide.get("bias", 0)
+        want = torch.autograd.grad((y if activation is None else F.silu(y)).pow(3).sum(), parameters)
+        for needs_grad in (False, True):
+            y = loss(parameters, laid_out.detach().requires_grad_(needs_grad), activation)
+            torch.testing.assert_close(torch.autograd.grad(y, parameters), want, rtol=1e-10, atol=1e-10)
+        if backend != "native":
+            torch.testing.assert_close(tuple(torch.func.grad(loss)(parameters, laid_out.detach(), activation)), want)
+        if backend == "aten" and layout == "channels last":
+            torch._dynamo.reset()
+            y = torch.compile(loss, backend="aot_eager")(parameters, laid_out.detach(), activation)
+            torch.testing.assert_close(torch.autograd.grad(y, parameters), want)
+
+
 def test_an_activation_in_place_may_follow() -> None:
     x, weight = leaves(sample(2, 4, 3), sample(4, seed=1))
     for backend in SERVING:

@@ -68,7 +68,8 @@ def group_norm_of(
     """Normalise groups of channels of ``x`` [N, C, *]; see :meth:`RowBackend.group_norm_forward`."""
     kernel = choose_rows(backend, x)
     kernel = kernel if x.numel() else _ATEN
-    if _records_itself(kernel, x, activation is None):
+    # Torch's own backward of channels_last crashes on CPU where x needs no gradient (2.13).
+    if _records_itself(kernel, x, activation is None and not channels_are_inner(x)):
         flat = _flat(x) if kernel is _REFERENCE else x
         return kernel.group_norm_forward(flat, num_groups, weight, bias, eps, activation)[0].reshape(x.shape)
     if torch.is_grad_enabled() and _any_requires_grad(x, weight, bias):

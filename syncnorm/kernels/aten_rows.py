@@ -12,6 +12,7 @@ from torch import Tensor
 from syncnorm.core.activation import Activation
 from syncnorm.core.autocast import without_autocast
 from syncnorm.core.layout import accumulate_dtype
+from syncnorm.core.traced import is_transformed
 from syncnorm.kernels import reference_rows as reference
 
 __all__ = ["group_norm_backward", "group_norm_forward", "objection", "row_norm_backward", "row_norm_forward"]
@@ -86,6 +87,11 @@ def group_norm_forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """``act((x - mean)·rstd·weight + bias)`` in the layout of ``x``; mean and rstd, ``[N, G]``."""
     wide, weight, bias = _one_dtype(x if activation is None else x.to(accumulate_dtype(x.dtype)), weight, bias)
+    if weight is None and bias is not None:  # whose backward fails in torch 2.13: "tensor does not have a device"
+        weight = torch.ones_like(bias)
+    if torch.compiler.is_compiling() or is_transformed():
+        # The backward is torch's own, which crashes on other layouts where x needs no gradient (2.13).
+        wide = wide.contiguous()
     wide, centre = _recentre(_dense(wide), num_groups)
     sizes = x.size(0), x.size(1), x.shape[2:].numel(), num_groups
     y, mean, rstd = torch.native_group_norm(wide, weight, bias, *sizes, eps)
@@ -137,15 +143,17 @@ def _rms_norm(x: Tensor, weight: Tensor | None, eps: float, part: int | None) ->
 
 
 def _dense(x: Tensor) -> Tensor:
-    """``x`` in a layout that torch's group norm takes: contiguous, or 4 or 5 dims with channels innermost."""
-    if x.dim() == 3 and not x.is_contiguous():
-        x = x.unsqueeze(2)
-    return x if _is_channels_last(x) else x.contiguous()
+    """``x`` as torch's group norm takes it: contiguous, of 2 or 3 dims; or of 4 or 5 with channels innermost.
 
-
-def _is_channels_last(x: Tensor) -> bool:
-    # Not is_contiguous(memory_format=...), which torch.func.vmap does not know.
-    return x.dim() in (4, 5) and x.movedim(1, -1).is_contiguous()
+    Torch goes by the strides, and those of dims of one element may be anything: here they are what they would be of more.
+    """
+    if x.is_contiguous() or x.dim() > 5 or not x.movedim(1, -1).is_contiguous():
+        return x.contiguous().flatten(2) if x.dim() > 3 else x.contiguous()
+    shape = (*x.shape[:2], 1, x.size(2)) if x.dim() == 3 else x.shape
+    strides, step = [0] * len(shape), 1
+    for dim in (1, *range(len(shape) - 1, 1, -1), 0):
+        strides[dim], step = step, step * shape[dim]
+    return x.as_strided(shape, strides)
 
 
 def _recentre(x: Tensor, num_groups: int) -> tuple[Tensor, Tensor | None]:
@@ -155,7 +163,7 @@ def _recentre(x: Tensor, num_groups: int) -> tuple[Tensor, Tensor | None]:
     output is off by 1.6 (torch 2.13). The mean of one row will do as the number: what is lost is then at most the
     precision times the number of rows.
     """
-    if x.device.type != "cpu" or not x.numel() or not _is_channels_last(x):
+    if x.device.type != "cpu" or not x.numel() or x.dim() < 4:
         return x, None
     row = x.detach().select(2, x.size(2) // 2).flatten(2)
     row_mean = row.mean(2, dtype=accumulate_dtype(x.dtype))
