@@ -2,6 +2,8 @@
 
 import copy
 import random
+from dataclasses import dataclass
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -78,6 +80,20 @@ def test_statistics_are_the_pooled_ones(norm, training: bool) -> None:
     assert recalibrate(model, [(x, "label") for x in batches], num_batches=4) == 29
     assert_recalibrated(model.state_dict(), before, by_hand(model, batches[:4]))
     assert marks(model) == marked
+
+
+@dataclass
+class Sample:
+    x: torch.Tensor
+
+
+@pytest.mark.parametrize("kind", [Sample, lambda x: SimpleNamespace(x=x)], ids=["dataclass", "object"])
+def test_batches_that_are_objects(kind) -> None:
+    model, batches = net(), target(20, 50)
+    before = copy.deepcopy(model.state_dict())
+    num_samples = recalibrate(model, [kind(x) for x in batches], forward=lambda m, batch: m(batch.x))
+    assert num_samples == (70 if kind is Sample else 0), "of an object of its own nobody knows the size"
+    assert_recalibrated(model.state_dict(), before, by_hand(model, batches))
 
 
 @pytest.mark.parametrize("wrap", ["averaged", "compiled", "averaged in eval"])

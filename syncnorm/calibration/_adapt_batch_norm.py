@@ -42,7 +42,8 @@ def adapt_batch_norm(
         process_group: The ranks whose batches make up the domain, as in :class:`syncnorm.SyncBatchNorm`.
 
     Returns:
-        Number of samples, over all ranks: the sum of the sizes of dim 0 of each batch's first tensor.
+        Number of samples, over all ranks: the sum of the sizes of dim 0 of each batch's first tensor, in
+            tuples, lists, mappings and dataclasses; a batch that is another object counts as none.
 
     Raises:
         ValueError: If no rank has a sample; if the model has no batch norm with running statistics; if a layer gets one

@@ -1,6 +1,7 @@
 """What the calibrations share: the batch norms of a model, the model within DDP, the tensor within a batch."""
 
 from collections.abc import Callable, Mapping
+from dataclasses import fields, is_dataclass
 from typing import Any
 
 from torch import Tensor, nn
@@ -50,9 +51,11 @@ def unwrap(model: nn.Module) -> nn.Module:
 
 
 def first_tensor(batch: Any) -> Tensor | None:
-    """The first tensor within nested tuples, lists and mappings."""
+    """The first tensor within nested tuples, lists, mappings and dataclasses."""
     if isinstance(batch, Tensor):
         return batch
+    if is_dataclass(batch) and not isinstance(batch, type):
+        batch = {field.name: getattr(batch, field.name) for field in fields(batch)}
     parts = batch.values() if isinstance(batch, Mapping) else batch if isinstance(batch, (tuple, list)) else ()
     return next((found for part in parts if (found := first_tensor(part)) is not None), None)
 

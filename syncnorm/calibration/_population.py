@@ -99,9 +99,8 @@ def take_population(
         raise
     rows = meeting.gather(torch.cat([torch.tensor([float(num_samples)], dtype=torch.float64), *population.rows()]))
     total = int(rows[:, 0].sum())
-    if not total:
+    if not _write(layers, rows[:, 1:]) and not total:  # of a batch that is an object of its own nobody knows the size
         raise ValueError(f"{caller} needs at least one sample on some rank, got none. Check the loaders' lengths.")
-    _write(layers, rows[:, 1:])
     return total
 
 
@@ -240,8 +239,12 @@ def _on_host(moments: Moments) -> Moments:
 
 
 @torch.no_grad()
-def _write(layers: Mapping[str, Norm], rows: Tensor) -> None:
-    """Give each layer the merged moments of its columns, in place; a layer that no rank has called keeps its own."""
+def _write(layers: Mapping[str, Norm], rows: Tensor) -> bool:
+    """Give each layer the merged moments of its columns, in place; a layer that no rank has called keeps its own.
+
+    Returns:
+        Whether any layer was called with values.
+    """
     widths = [2 * layer.num_features + 1 for layer in layers.values()]
     merged = []
     for name, columns in zip(layers, rows.split(widths, dim=1), strict=True):
@@ -259,3 +262,4 @@ def _write(layers: Mapping[str, Norm], rows: Tensor) -> None:
             for buffer, value in ((layer.running_mean, mean), (layer.running_var, var)):
                 if buffer is not None:
                     buffer.copy_(value)
+    return any(float(moments.count) > 0 for moments in merged)

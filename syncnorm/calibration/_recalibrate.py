@@ -70,7 +70,8 @@ def recalibrate(
             this, and layers must not normalise with any other.
 
     Returns:
-        Number of samples, over all ranks: the sum of the sizes of dim 0 of each batch's first tensor.
+        Number of samples, over all ranks: the sum of the sizes of dim 0 of each batch's first tensor, in
+            tuples, lists, mappings and dataclasses; a batch that is another object counts as none.
 
     Raises:
         ValueError: If there are fewer than ``num_batches``, no rank has a sample, or a rank has none where layers normalise
