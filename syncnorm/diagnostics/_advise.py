@@ -73,7 +73,8 @@ def advise(
         An :class:`Advice`; ``print`` it.
 
     Raises:
-        ValueError: If the model has no batch norm, no rank has a sample, or a number is not positive. Nothing has changed then.
+        ValueError: If the model has no batch norm, no rank has a sample, samples are not finite, or a number is not positive.
+            Nothing has changed then.
         TypeError: If a batch is not a tensor and does not begin with one, and ``forward`` is not given.
         SyncNormMismatch: If another rank raised an error over its batches, or has another model.
 
@@ -102,6 +103,12 @@ def advise(
         raise ValueError(
             "advise needs at least one batch with samples on some rank, got none. Check the loader's length; an iterator "
             "that has been read is empty."
+        )
+    sound = (rows[Input.MEAN].isfinite() & rows[Input.M2].isfinite()).split(list(probe.num_features))
+    if broken := [name for name, values in zip(probe.names, sound, strict=True) if not values.all()]:
+        raise ValueError(
+            f"advise: the inputs of {broken[0]} hold NaN or infinite values on some rank, so their noise is not known. Clean "
+            "the data first."
         )
     machines = told[:, 0].tolist()
     ranks = ranks or len(machines)
