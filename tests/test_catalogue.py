@@ -3,12 +3,14 @@
 import copy
 import io
 import re
+import warnings
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn.utils import parametrize
+from torch.utils.checkpoint import checkpoint
 
 from syncnorm import modules
 from tests.catalogue import ELSEWHERE, METHODS, Method, inputs, layer
@@ -108,6 +110,41 @@ def test_exports_in_evaluation(method: Method) -> None:
         want = module(*xs)
         exported = torch.export.export(module, xs)
         torch.testing.assert_close(exported.module()(*xs), want, rtol=0, atol=1e-11)
+
+
+@over(TRACED)
+def test_traces_in_evaluation(method: Method) -> None:
+    module, xs = layer(method).eval(), inputs(method)
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore", torch.jit.TracerWarning)  # of checks of shapes
+        warnings.simplefilter("ignore", DeprecationWarning)
+        traced = torch.jit.trace(module, xs)
+        buffer = io.BytesIO()
+        torch.jit.save(traced, buffer)
+        buffer.seek(0)
+        more = inputs(method, batch=method.shape[0] + 1)
+        torch.testing.assert_close(torch.jit.load(buffer)(*more), module(*more), rtol=0, atol=1e-11)
+
+
+class Checkpointed(nn.Module):
+    def __init__(self, inner: nn.Module, use_reentrant: bool) -> None:
+        super().__init__()
+        self.inner, self.use_reentrant = inner, use_reentrant
+
+    def forward(self, *xs: Tensor) -> Tensor:
+        return checkpoint(self.inner, *xs, use_reentrant=self.use_reentrant)
+
+
+@over(TRACED)
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_a_checkpointed_step_is_the_step(method: Method, use_reentrant: bool) -> None:
+    xs, steps = inputs(method), []
+    for wrap in (lambda module: module, lambda module: Checkpointed(module, use_reentrant)):
+        module = layer(method)
+        leaves = [x.clone().requires_grad_() for x in xs]
+        wrap(module)(*leaves).pow(3).sum().backward()
+        steps.append([leaf.grad for leaf in leaves] + [p.grad for p in module.parameters()] + list(module.buffers()))
+    torch.testing.assert_close(steps[1], steps[0], rtol=1e-11, atol=1e-11)
 
 
 @over(TRACED)

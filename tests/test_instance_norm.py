@@ -6,6 +6,7 @@ import torch
 from torch import nn
 from torch.autograd import gradcheck, gradgradcheck
 from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
 
 import syncnorm
 from syncnorm.functional import instance_norm
@@ -62,6 +63,16 @@ def test_running_statistics_are_torchs() -> None:
     ours.train()(x[:0])
     assert torch.equal(ours.running_mean, before)
     assert ours.eval()(x.half()).dtype == torch.float16
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_a_recompute_counts_no_batch(use_reentrant: bool) -> None:
+    plain, recomputed = (syncnorm.InstanceNorm1d(3, track_running_stats=True) for _ in range(2))
+    x = torch.randn(2, 3, 5, requires_grad=True)
+    plain(x)
+    checkpoint(recomputed, x, use_reentrant=use_reentrant).pow(3).sum().backward()
+    assert torch.equal(recomputed.running_mean, plain.running_mean)
+    assert torch.equal(recomputed.running_var, plain.running_var)
 
 
 def test_running_statistics_in_a_checkpoint_without_metadata_are_unexpected_keys() -> None:

@@ -27,8 +27,8 @@ def is_exporting() -> bool:
 
 
 def is_transformed() -> bool:
-    """Whether a transform of torch.func or a forward-mode derivative goes through the operations called here."""
-    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+    """Whether torch.func, a forward-mode derivative or ``torch.jit.trace`` must see every operation called here."""
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0 or bool(torch.jit.is_tracing())
 
 
 def not_recomputed(value: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from syncnorm.functional._checkpoint import is_recomputing
 from syncnorm.functional._group_norm import group_norm
 from syncnorm.functional._inputs import accumulate_dtype, check_channels, same_dtype
 
@@ -62,7 +63,7 @@ def instance_norm(
                 "use_input_stats True."
             )
         return _by_running(input, running_mean, running_var, weight, bias, eps)
-    if running_mean is not None and running_var is not None and input.numel():
+    if running_mean is not None and running_var is not None and input.numel() and not is_recomputing():
         _update(input, running_mean, running_var, momentum)
     return group_norm(input, input.size(1), weight, bias, eps, backend=backend)
 

@@ -110,7 +110,7 @@ def normalize_rows(
 
 def normalized_shape(dim: int | Sequence[int]) -> tuple[int, ...]:
     """``dim`` as a shape."""
-    return (int(dim),) if isinstance(dim, int) else tuple(dim)
+    return tuple(dim) if isinstance(dim, Sequence) else (int(dim),)  # while traced by torch.jit, sizes are tensors
 
 
 def check_normalized(

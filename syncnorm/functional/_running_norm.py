@@ -11,6 +11,7 @@ from syncnorm.core.traced import not_recomputed
 from syncnorm.distributed.gather import gather_rows, send_refusal
 from syncnorm.distributed.groups import Group, group_spec, resolve
 from syncnorm.distributed.ledger import begin_call
+from syncnorm.functional._checkpoint import is_recomputing, recall_call, remember_call
 from syncnorm.functional._standardize import check_features, standardize
 
 __all__ = ["merge_running_moments", "running_norm", "running_std", "update_running_moments"]
@@ -49,11 +50,19 @@ def running_norm(
         TypeError: If ``input`` is complex.
         SyncNormMismatch: If another rank refused its input.
     """
-    if training:
-        update_running_moments(input, count, mean, m2, group=group, site=site)
-    else:
-        check_features(input, mean.shape)
-    return standardize(input, not_recomputed(mean), not_recomputed(running_std(count, m2, eps)), clip)
+    recomputing = is_recomputing()
+    found = recall_call(site, None) if recomputing else None
+    if found is None:
+        if training and not recomputing:
+            update_running_moments(input, count, mean, m2, group=group, site=site)
+        else:
+            check_features(input, mean.shape)
+        found = not_recomputed(mean), not_recomputed(running_std(count, m2, eps))
+        if not recomputing and not torch.compiler.is_compiling():
+            found = mean.clone(), found[1]  # the buffer moves before a checkpoint recomputes this
+            remember_call(site, None, found)
+    now_mean, now_std = found
+    return standardize(input, now_mean, now_std, clip)
 
 
 def running_std(count: Tensor, m2: Tensor, eps: float) -> Tensor:

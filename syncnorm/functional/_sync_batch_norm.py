@@ -222,7 +222,7 @@ def validate(input: Tensor, num_features: int | None, input_dims: tuple[int, ...
 
 
 def _kernel_evaluates(input: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None) -> bool:
-    if torch.compiler.is_compiling() or torch.jit.is_tracing() or not input.numel():
+    if torch.compiler.is_compiling() or not input.numel():
         return False
     return not needs_grad(input, weight, bias, residual) and not is_transformed()
 

@@ -8,6 +8,12 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvTransposeNd
 from torch.nn.utils import parametrize
 
+from syncnorm.functional._checkpoint import (
+    is_recomputing,
+    recall_call,
+    remember_call,
+    unseen_by_selective_checkpointing,
+)
 from syncnorm.functional._spectral_norm import ConvolutionMap, LinearMap, MatrixMap
 from syncnorm.functional._spectral_norm import spectral_norm as normalize
 
@@ -96,15 +102,27 @@ class _SpectralNorm(nn.Module):
         self.register_buffer("_v", v)
 
     def forward(self, weight: Tensor) -> Tensor:
+        u, v = self._vectors(weight)
+        return normalize(weight, u, v, 0, self.linear_map, self.eps)[0]
+
+    @torch.no_grad()
+    def _vectors(self, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """U and v for one use of the weight; a training forward moves them first, its recompute in a checkpoint does not."""
+        recomputing = is_recomputing()
+        found = recall_call(self, None) if recomputing else None
+        if found is not None:
+            u, v = found
+            return u, v
         # Copies: a second use moves the buffers before the first has gone backward (D(real) - D(fake)).
-        u, v = self._u.clone(), self._v.clone()
-        iterations = self.n_power_iterations if self.training else 0
-        normalized, u, v = normalize(weight, u, v, iterations, self.linear_map, self.eps)
-        if self.training:
-            with torch.no_grad():
-                self._u.copy_(u)
-                self._v.copy_(v)
-        return normalized
+        if recomputing or not self.training:
+            return self._u.clone(), self._v.clone()
+        with unseen_by_selective_checkpointing():
+            _, u, v = normalize(weight, self._u, self._v, self.n_power_iterations, self.linear_map, self.eps)
+            self._u.copy_(u)
+            self._v.copy_(v)
+        if not torch.compiler.is_compiling():
+            remember_call(self, None, (u, v))
+        return u, v
 
     def right_inverse(self, value: Tensor) -> Tensor:
         return value
