@@ -194,6 +194,7 @@ def test_a_model_that_fails_says_where() -> None:
         ({"to": "batch"}, ValueError, r"to must be one of"),
         ({"include": "nothing"}, ValueError, r"include='nothing' matches no normalisation layer"),
         ({"input": {"n": 3}}, TypeError, r"input must hold a tensor with its samples in dim 0, got dict without one"),
+        ({"accumulate": 2}, ValueError, r"verify makes one step, and accumulate=2 moves running statistics once in 2"),
         ({"make_model": nn.Linear(2, 2)}, ValueError, r"convert would change no layer of this model"),
         ({"make_model": dict}, TypeError, r"make_model must be an nn.Module or a function that makes one, got dict"),
         (
@@ -214,7 +215,7 @@ def test_what_cannot_be_sent() -> None:
             super().__init__()
             self.norm = nn.BatchNorm1d(3)
 
-    with pytest.raises(ValueError, match=r"make_model cannot be sent to another process: .* at the top of a module"):
+    with pytest.raises(ValueError, match=r"make_model cannot be sent to another process: .* Give a function"):
         syncnorm.verify(Local, torch.randn(4, 3))
 
 

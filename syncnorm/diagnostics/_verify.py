@@ -70,9 +70,9 @@ def verify(
         on both sides, which the report notes.
 
     Raises:
-        ValueError: If the batch is smaller than ``ranks``, nothing would be converted, no output has the batch in dim
-            0, the model draws random numbers that cannot be switched off, or something cannot be sent to another
-            process.
+        ValueError: If the batch is smaller than ``ranks``, nothing would be converted, ``accumulate`` is more than 1,
+            no output has the batch in dim 0, the model draws random numbers that cannot be switched off, or something
+            cannot be sent to another process.
         TypeError: If ``make_model`` makes no module, or ``input`` has no tensor.
         RankError: If the model fails on some rank, with that rank's traceback.
 
@@ -90,6 +90,11 @@ def verify(
         made = plan(model, to, **conversion)
     if not any(e.action in ("swap", "replace") or is_synced(e._layer.module) for e in made.entries):
         raise ValueError(f"convert would change no layer of this model, so there is nothing to verify.\n{made}")
+    steps = made.options.get("accumulate") or max(getattr(e._layer.module, "accumulate", 1) for e in made.entries)
+    if steps > 1:
+        raise ValueError(
+            f"verify makes one step, and accumulate={steps} moves running statistics once in {steps}. Verify without it."
+        )
     batch = _batch(input)
     shards = _splits(batch, ranks, splits)
 
@@ -163,8 +168,9 @@ def _send(folder: Path, make_model: Any, model: nn.Module, input: Any) -> None:
             sent = pickle.dumps(model)
         except Exception as error:
             raise ValueError(
-                f"make_model cannot be sent to another process: {error}. Define the function, and the model's class, "
-                "at the top of a module; a lambda, a local function or a local class has no name to be found by."
+                f"make_model cannot be sent to another process: {error}. Give a function that makes the model, and define it, "
+                "and the model's class, at the top of a module; a lambda, a local function or a local class has no name to be "
+                "found by."
             ) from error
     (folder / "model.pickle").write_bytes(sent)
     torch.save(dict(model.state_dict()), folder / "weights.pt")
