@@ -139,6 +139,12 @@ def wrapped_models() -> dict[str, str]:
             texts[name] = refusal(function, model, "layer_norm", **options)
         assert [type(module) for module in model.modules()] == types
 
+    texts["ddp freezes"] = refusal(syncnorm.convert, DistributedDataParallel(full()), "frozen_batch_norm", include="1")
+    patient = DistributedDataParallel(full(), find_unused_parameters=True)
+    syncnorm.convert(patient, "frozen_batch_norm", include="1")
+    for _ in range(2):
+        patient(torch.randn(2, 3, 4, 4)).sum().backward()
+
     allowed = DistributedDataParallel(full())
     syncnorm.convert(allowed, "layer_norm", include="1")
     allowed(torch.randn(2, 3, 4, 4)).sum().backward()
@@ -162,6 +168,8 @@ def test_wrappers_that_have_taken_note_of_the_parameters() -> None:
         "parameters there are. Convert before wrapping the model; nothing was changed.",
         "ddp without buffers": "to='layer_norm' would leave no buffer in the model, and DistributedDataParallel has taken "
         "note that there are some. Convert before wrapping the model; nothing was changed.",
+        "ddp freezes": "to='frozen_batch_norm' would take module.1 out of training, and DistributedDataParallel waits for the "
+        "gradients of all parameters that it has taken note of. Convert before wrapping the model; nothing was changed.",
         "fsdp1": "to='layer_norm' puts other modules in place of _fsdp_wrapped_module.1, _fsdp_wrapped_module.2, and FSDP has "
         "sharded the model as it is. Convert before sharding; nothing was changed.",
         "fsdp2": "to='layer_norm' puts other modules in place of 1, 2, and FSDP has sharded the model as it is. Convert "

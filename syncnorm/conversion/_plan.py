@@ -212,6 +212,13 @@ def _named(entries: list[Entry]) -> str:
 
 def _refuse_wrapped(model: nn.Module, made: Plan) -> None:
     """A wrapper that has taken note of the parameters cannot have them change under it."""
+    swapped = [entry for entry in made.entries if entry.action == "swap"]
+    trained = [e for e in swapped if any(p.requires_grad for p in e._layer.module.parameters())]
+    if made.to == "frozen_batch_norm" and trained and any(_waits_for_all(place.module) for place in walk(model)):
+        raise SyncNormError(
+            f"to={made.to!r} would take {_named(trained)} out of training, and DistributedDataParallel waits for the gradients "
+            "of all parameters that it has taken note of. Convert before wrapping the model; nothing was changed."
+        )
     replaced = [entry for entry in made.entries if entry.action == "replace"]
     if not replaced:
         return
@@ -240,3 +247,7 @@ def _refuse_wrapped(model: nn.Module, made: Plan) -> None:
                 f"to={made.to!r} would leave no buffer in the model, and DistributedDataParallel has taken note that there "
                 "are some. Convert before wrapping the model; nothing was changed."
             )
+
+
+def _waits_for_all(module: nn.Module) -> bool:
+    return "DistributedDataParallel" in class_names(module) and not getattr(module, "find_unused_parameters", False)
