@@ -177,6 +177,47 @@ def test_the_limit_of_gloo_stays_behind_that_of_the_watch() -> None:
         assert (first, second) == (timedelta(seconds=65), timedelta(seconds=160)) and third > timedelta(days=300)
 
 
+def _in_other_numbers_of_groups() -> list[float]:
+    syncnorm.set_watch(5.0)
+    rank, x, means = dist.get_rank(), torch.full((2, 1), 10.0 ** dist.get_rank()), []
+    groups = [dist.new_group([0, 1]), dist.new_group([0, 2]), None]  # rank 0 is in three, the others in two
+    for group, members in zip(groups, ([0, 1], [0, 2], [0, 1, 2]), strict=True):
+        if rank in members:
+            layer = syncnorm.SyncBatchNorm1d(1, process_group=group, momentum=1.0)
+            layer(x)
+            means.append(float(layer.running_mean))
+    return means
+
+
+@pytest.mark.gloo
+def test_ranks_that_are_in_different_numbers_of_groups_are_watched() -> None:
+    expected = [[5.5, 50.5, 37.0], [5.5, 37.0], [50.5, 37.0]]
+    assert run_ranks(_in_other_numbers_of_groups, 3, timeout=30) == expected
+
+
+def _two_threads() -> list[float]:
+    syncnorm.set_watch(20.0)
+    groups = [dist.new_group([0, 1]) for _ in range(2)]
+    layers = [syncnorm.SyncBatchNorm1d(1, process_group=group, momentum=1.0) for group in groups]
+
+    def work(place: int) -> None:
+        time.sleep(0.2 * (place ^ dist.get_rank()))  # in another order on the other rank
+        for _ in range(3):
+            layers[place](torch.full((2, 1), float(place)))
+
+    threads = [threading.Thread(target=work, args=(place,)) for place in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return [float(layer.running_mean) for layer in layers]
+
+
+@pytest.mark.gloo
+def test_two_threads_with_a_group_each_are_watched() -> None:
+    assert run_ranks(_two_threads, 2, timeout=30) == [[0.0, 1.0]] * 2
+
+
 def _leaves_the_world_usable() -> list[Any]:
     syncnorm.set_watch(2.0)
     layer, x = syncnorm.SyncBatchNorm1d(8), torch.randn(4, 8)

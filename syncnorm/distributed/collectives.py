@@ -28,6 +28,7 @@ __all__ = [
     "group_store",
     "group_timeout",
     "is_initialized",
+    "make_beside",
     "set_group_timeout",
 ]
 
@@ -100,8 +101,31 @@ def set_group_timeout(name: str, timeout: timedelta) -> None:
 
 def group_store(name: str) -> dist.Store:
     """The store through which the world found together, with a corner for the named group."""
+    return dist.PrefixStore(_corner(name), dist.distributed_c10d._get_default_store())
+
+
+def _corner(name: str) -> str:
     members = hashlib.sha256(str(group_ranks(name)).encode()).hexdigest()[:16]  # disjoint groups may share a name
-    return dist.PrefixStore(f"syncnorm/{name}/{members}", dist.distributed_c10d._get_default_store())
+    return f"syncnorm/{name}/{members}"
+
+
+def make_beside(name: str, purpose: str, backend: str, timeout: timedelta) -> str:
+    """Make another group of the ranks of the named one, which all of them call and nobody else; its name.
+
+    ``new_group(use_local_synchronization=True)`` names a group by how many a rank is in: two ranks that are not in equally
+    many never meet there, nor do two threads, and a group cannot be made again.
+    """
+    ranks, torchs = group_ranks(name), dist.distributed_c10d
+    place = ranks.index(dist.get_rank())
+    number = dist.PrefixStore(purpose, group_store(name)).add(f"beside/{place}", 1)  # the same on all of them
+    made = f"{_corner(name)}/{purpose}/{number}"
+    live, _ = torchs._new_process_group_helper(
+        len(ranks), place, list(ranks), dist.Backend(backend), torchs._get_default_store(),
+        made,  # type: ignore[arg-type, unused-ignore]
+        timeout=timeout, device_id=getattr(dist.group.WORLD, "bound_device_id", None),
+    )  # fmt: skip
+    torchs._world.pg_group_ranks[live] = {rank: place for place, rank in enumerate(ranks)}
+    return made
 
 
 def all_reduce_sum(row: Tensor, name: str) -> Tensor:

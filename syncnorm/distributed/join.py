@@ -15,9 +15,17 @@ from torch import Tensor
 from torch.distributed.algorithms.join import Join, Joinable, JoinHook
 
 from syncnorm.distributed.agreement import dismiss, stand_in
-from syncnorm.distributed.collectives import all_reduce_sum, find_group, group_device, group_position, group_ranks
+from syncnorm.distributed.collectives import (
+    all_reduce_sum,
+    find_group,
+    group_device,
+    group_position,
+    group_ranks,
+    group_timeout,
+    make_beside,
+)
 from syncnorm.distributed.gather import gather_rows
-from syncnorm.distributed.groups import Group, GroupSpec, group_spec, resolve
+from syncnorm.distributed.groups import Group, GroupSpec, resolve
 from syncnorm.distributed.ledger import begin_anew
 from syncnorm.errors import SyncNormError
 
@@ -25,8 +33,7 @@ __all__ = ["Join", "Joinable", "StandIn", "forget_twin", "twin_of"]
 
 _PATIENCE = 5.0  # seconds
 
-# By the group. Kept for the next time, as torch cannot make such a group again once it has been destroyed: the next one would
-# have its name, and read its addresses.
+# By the group. Kept for the next time, as to make one connects all of its ranks.
 _twins: WeakKeyDictionary[Any, GroupSpec] = WeakKeyDictionary()
 
 
@@ -40,8 +47,9 @@ def twin_of(spec: GroupSpec) -> tuple[GroupSpec, Group]:
     live = find_group(group.name)
     made = _twins.get(live)
     if made is None or group_ranks(made.name) != made.ranks:
-        ranks, backend = list(group_ranks(group.name)), dist.get_backend_config(live)
-        made = _twins[live] = group_spec(dist.new_group(ranks, backend=backend, use_local_synchronization=True))
+        limit = group_timeout(group.name, group_device(group.name).type)
+        name = make_beside(group.name, "twin", dist.get_backend_config(live), limit)
+        made = _twins[live] = GroupSpec("named", name=name, ranks=group_ranks(name))
     twin = resolve(made)
     begin_anew(twin)
     return made, twin

@@ -24,6 +24,7 @@ from syncnorm.distributed.collectives import (
     group_ranks,
     group_store,
     is_initialized,
+    make_beside,
     set_group_timeout,
 )
 from syncnorm.distributed.groups import Group
@@ -276,9 +277,7 @@ def _post(group: Group, where: str, patience: float) -> _Post:
             assemble(group, ranks, ranks.index(me), patience)
         except (SyncNormPeerLost, SyncNormTimeout) as error:
             raise type(error)(f"{error} This rank was in {where}.") from None
-        own = dist.new_group(list(ranks), timeout=limit, backend="gloo", use_local_synchronization=True)
-        name = own.group_name
-        del own  # a group that somebody holds cannot be destroyed
+        name = make_beside(group.name, "watch", "gloo", limit)
         store = dist.PrefixStore(f"watch/{name}", group_store(group.name))
         post = _POSTS[live] = _Post(live, ranks, me, name, store)
     if post.limit != limit:
