@@ -200,6 +200,7 @@ TABLES = {"layer": {"of": "x", "rows": [{"shape": "(2, 3)", "native": "0.49 [0.4
             "level.png: error over batch by method",
         ),
         ("metrics.csv", "epoch,step,loss,acc\n0,1,2.5,\n0,2,1.5,0.4\n", [], "metrics.png: loss, acc over step"),
+        ("excel.csv", "\ufeffstep,loss\n1,2.5\n2,1.5\n", [], "excel.png: loss over step"),
     ],
 )
 def test_plot_knows_what_there_is(
@@ -228,6 +229,7 @@ def test_plot_knows_what_there_is(
         ("a.csv", CSV, ["--out", "no/a.png"], "there is no folder no: make it first."),
         ("a.json", "{", [], "a.json is no JSON: "),
         ("a.json", "[]", [], "a.json is of no benchmark: what bench --json or scripts/bench.py --out wrote is needed."),
+        *(("a.json", text, [], "a.json is of no benchmark") for text in ('{"one_process": 3}', '{"one_process": [{"x": 1}]}')),
         ("a.csv", "\xff", [], "a.csv has no rows"),
     ],
 )  # fmt: skip

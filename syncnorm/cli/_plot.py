@@ -70,7 +70,7 @@ def plot(
     """
     out = out or results.with_suffix(".png")
     refuse_existing(out, force)
-    text = results.read_text(encoding="utf-8")
+    text = results.read_text(encoding="utf-8-sig")  # a spreadsheet begins with a byte-order mark
     if find_spec("matplotlib") is None:
         raise ImportError("a figure needs matplotlib, which is not there: pip install syncnorm[plot]")
     figure, of = _benchmark(results, text) if results.suffix == ".json" else _columns(results, text, x, y, by, where)
@@ -131,6 +131,17 @@ def _benchmark(path: Path, text: str) -> tuple[Any, str]:
         content = json.loads(text)
     except json.JSONDecodeError as error:
         raise ValueError(f"{path} is no JSON: {error}.") from error
+    try:
+        groups = _groups(content)
+    except (KeyError, TypeError, ValueError):
+        groups = {}
+    if not groups:
+        raise ValueError(f"{path} is of no benchmark: what bench --json or scripts/bench.py --out wrote is needed.")
+    return ratio_figure(groups, "relative time, median and middle half"), f"ratios of {', '.join(groups)}"
+
+
+def _groups(content: Any) -> dict[str, list[tuple[str, float, float, float]]]:
+    """By part of a benchmark, its ratios; an error, or nothing, for what is none."""
     groups: dict[str, list[tuple[str, float, float, float]]] = {}
     if isinstance(content, dict) and "one_process" in content:
         for part, title in (("one_process", "in one process"), ("processes", f"on {content.get('ranks')} processes")):
@@ -145,9 +156,7 @@ def _benchmark(path: Path, text: str) -> tuple[Any, str]:
             points = [point for row in _table_rows(table) for point in _points(row)]
             if points:
                 groups[part] = points
-    if not groups:
-        raise ValueError(f"{path} is of no benchmark: what bench --json or scripts/bench.py --out wrote is needed.")
-    return ratio_figure(groups, "relative time, median and middle half"), f"ratios of {', '.join(groups)}"
+    return groups
 
 
 def _table_rows(table: Any) -> list[Row]:
