@@ -226,6 +226,12 @@ def test_bad_input_and_settings_are_refused() -> None:
         lstm(torch.randn(0, 2, 4))
     with pytest.raises(ValueError, match=r"expects c_0 of shape \[1, 2, 5\], got \[1, 3, 5\]"):
         lstm(torch.randn(3, 2, 4), (torch.zeros(1, 2, 5), torch.zeros(1, 3, 5)))
+    with pytest.raises(ValueError, match=r"expects hx to be a pair of tensors, \(h_0, c_0\); got one tensor"):
+        lstm(torch.randn(3, 2, 4), torch.zeros(1, 2, 5))
+    with pytest.raises(ValueError, match=r"\(h_0, c_0\); got 1 of them"):
+        lstm(torch.randn(3, 2, 4), (torch.zeros(1, 2, 5),))
+    with pytest.raises(TypeError, match=r"LayerNormLSTM\(4, 5\) expects a floating-point input, got torch.int64"):
+        lstm(torch.ones(3, 2, 4, dtype=torch.int64))
     with pytest.raises(ValueError, match=r"4 features in the last dim"):
         lstm(pack_padded_sequence(torch.randn(3, 2, 6), [3, 1]))
     with pytest.raises(ValueError, match="hidden_size must be an int of at least 1, got 0"):

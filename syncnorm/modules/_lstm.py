@@ -94,6 +94,7 @@ class NormLSTM(nn.Module):
 
         Raises:
             ValueError: If shapes do not fit, or there is no step.
+            TypeError: If the input is not floating point.
         """
         if isinstance(input, PackedSequence):
             sizes, order = input.batch_sizes.tolist(), input.sorted_indices
@@ -149,6 +150,10 @@ class NormLSTM(nn.Module):
         return [(f"_l{layer}{suffix}", width) for layer, width in enumerate(widths) for suffix in suffixes]
 
     def _check(self, input: Tensor, dims: tuple[int, ...] | None) -> None:
+        if not input.is_floating_point():
+            raise TypeError(
+                f"{self._name()} expects a floating-point input, got {input.dtype}. Convert it, for example with input.float()."
+            )
         if dims is not None and input.dim() not in dims:
             order = "[N, T, input_size]" if self.batch_first else "[T, N, input_size]"
             raise ValueError(
@@ -164,6 +169,9 @@ class NormLSTM(nn.Module):
         if hx is None:
             zeros = input.new_zeros(layers, samples, self.hidden_size)
             return zeros, zeros
+        if isinstance(hx, Tensor) or len(hx) != 2:
+            got = "one tensor" if isinstance(hx, Tensor) else f"{len(hx)} of them"
+            raise ValueError(f"{self._name()} expects hx to be a pair of tensors, (h_0, c_0); got {got}.")
         wanted = [layers, samples, self.hidden_size] if batched else [layers, self.hidden_size]
         for name, part in zip(("h_0", "c_0"), hx, strict=True):
             if list(part.shape) != wanted:
