@@ -152,6 +152,33 @@ def test_sizes_that_neither_cut_nor_join_are_refused_on_every_rank() -> None:
         assert "the ranks' batches are [2, 3]" in uneven
 
 
+def _one_rank_refuses(size: int, tracked: bool, how: str) -> tuple[str, bool]:
+    layer = GhostBatchNorm1d(3, size, track_running_stats=tracked)
+    x = torch.randn(2, 3)
+    layer(x)  # ranks have found out whether they are joined
+    before = {name: value.clone() for name, value in layer.state_dict().items()}
+    bad = dist.get_rank() == 0
+    try:
+        layer(torch.randn(2, 4) if bad and how == "input" else x, x[:1] if bad and how == "residual" else x)
+        outcome = "nothing"
+    except (ValueError, syncnorm.SyncNormError) as error:
+        outcome = type(error).__name__
+    same = all(torch.equal(value, before[name]) for name, value in layer.state_dict().items())
+    layer(x)  # and still works
+    return outcome, same
+
+
+@pytest.mark.gloo
+@pytest.mark.parametrize("how", ["input", "residual"])
+@pytest.mark.parametrize(("size", "tracked"), [(2, True), (2, False), (4, True), (4, False)])
+def test_a_refusal_on_one_rank_lets_nobody_wait(size: int, tracked: bool, how: str) -> None:
+    # Those of the same ghost hear of it, and the others where all meet over the running statistics.
+    told = 4 if tracked else size // 2
+    per_rank = run_ranks(_one_rank_refuses, 4, size, tracked, how, timeout=30)
+    wanted = ["ValueError"] + ["SyncNormMismatch"] * (told - 1) + ["nothing"] * (4 - told)
+    assert per_rank == [(outcome, True) for outcome in wanted]
+
+
 def test_one_process_refuses_a_ghost_larger_than_its_batch() -> None:
     with pytest.raises(ValueError, match=r"GhostBatchNorm1d\(2\): virtual_batch_size=8 must be at most the batch"):
         GhostBatchNorm1d(2, 8)(torch.randn(4, 2))

@@ -7,8 +7,9 @@ from syncnorm.core.layout import count_per_channel
 from syncnorm.core.moments import Moments, at_least_one
 from syncnorm.core.running import RunningStatistics
 from syncnorm.distributed.exchange import exchange_row
-from syncnorm.distributed.groups import LOCAL, Group
+from syncnorm.distributed.groups import LOCAL, Group, group_spec, resolve
 from syncnorm.distributed.ledger import Call, begin_call
+from syncnorm.errors import SyncNormMismatch
 from syncnorm.functional._checkpoint import is_recomputing, unseen_by_selective_checkpointing
 from syncnorm.functional._ghosts import normalize_ghosts
 from syncnorm.functional._sync_batch_norm import enter, evaluate, needs_grad, tell_others, validate
@@ -77,19 +78,23 @@ def ghost_batch_norm(
     if not training:
         validate(input, num_features, input_dims)
         return evaluate(input, running_mean, running_var, weight, bias, eps)
-    ranks = enter(input, eps, group, num_features, input_dims, site)
-    sizes = _cut(input, virtual_batch_size) if ghost_group.size == 1 else [input.size(0)]
-    tracks = running_mean is not None or num_batches_tracked is not None
-    if ghost_group.size == 1 and count_per_channel(input) == 1:
-        if ranks.size > 1 and tracks and not torch.compiler.is_compiling():
-            tell_others(input, ranks, site=site)
-        raise ValueError(
-            f"expected more than 1 value per channel in a ghost when training, got an input {list(input.shape)}. Variance "
-            "needs two: use a larger batch, or one ghost over several ranks (a larger virtual_batch_size)."
-        )
-    walk = Walk(eps, ghost_group, backend, needs_grad(input, weight, bias), site)
-    output, moments = normalize_ghosts(input, sizes, weight, bias, walk)
-    if tracks and not is_recomputing():
+    ranks = group if isinstance(group, Group) else resolve(group_spec(group))
+    tracks = (running_mean is not None or num_batches_tracked is not None) and not is_recomputing()
+    try:
+        enter(input, eps, ghost_group, num_features, input_dims, site)
+        sizes = _cut(input, virtual_batch_size) if ghost_group.size == 1 else [input.size(0)]
+        if ghost_group.size == 1 and count_per_channel(input) == 1:
+            raise ValueError(
+                f"expected more than 1 value per channel in a ghost when training, got an input {list(input.shape)}. Variance "
+                "needs two: use a larger batch, or one ghost over several ranks (a larger virtual_batch_size)."
+            )
+        walk = Walk(eps, ghost_group, backend, needs_grad(input, weight, bias), site)
+        output, moments = normalize_ghosts(input, sizes, weight, bias, walk)
+    except (ValueError, TypeError, SyncNormMismatch):
+        if tracks:  # the other ghosts go on to the running statistics
+            tell_others(input, ranks, num_features, site)
+        raise
+    if tracks:
         running = RunningStatistics(running_mean, running_var, num_batches_tracked, momentum)
         known = None if ranks.size > 1 or torch.compiler.is_compiling() else float(count_per_channel(input))
         call = begin_call(site, ranks, input)

@@ -12,6 +12,7 @@ from syncnorm.distributed.gather import gather_rows
 from syncnorm.distributed.groups import LOCAL, Group, GroupSpec, resolve
 from syncnorm.errors import SyncNormError
 from syncnorm.functional._ghost_batch_norm import ghost_batch_norm
+from syncnorm.functional._sync_batch_norm import tell_others
 from syncnorm.modules._statistics import GHOSTS, SyncStatistics
 from syncnorm.modules._sync_batch_norm import SyncBatchNorm, SyncBatchNorm1d, SyncBatchNorm2d, SyncBatchNorm3d
 
@@ -98,9 +99,6 @@ class _GhostBatchNorm(SyncStatistics):
         group = self._group() if self.training else LOCAL
         if self.training and not self._ranks_per_ghost and input.dim() >= 2:
             self._ranks_per_ghost = self._agree(input, group)
-        ghost_group = LOCAL
-        if self._ranks_per_ghost > 1 and group.size > 1:
-            ghost_group = resolve(GroupSpec("size", size=self._ranks_per_ghost))
         return ghost_batch_norm(
             input,
             self.running_mean if tracked else None,
@@ -113,12 +111,26 @@ class _GhostBatchNorm(SyncStatistics):
             self.eps,
             num_batches_tracked=self.num_batches_tracked if tracked else None,
             group=group,
-            ghost_group=ghost_group,
+            ghost_group=self._ghost_group(group),
             backend=self.backend,
             num_features=self.num_features,
             input_dims=self.input_dims,
             site=None if torch.compiler.is_compiling() else self,
         )
+
+    def _ghost_group(self, group: Group) -> Group:
+        """The ranks that make up one ghost."""
+        if self._ranks_per_ghost < 2 or group.size == 1:
+            return LOCAL
+        return resolve(GroupSpec("size", size=self._ranks_per_ghost))
+
+    def _tell_others(self, input: Tensor) -> None:
+        if not self.training:
+            return
+        group = self._group()
+        tell_others(input, self._ghost_group(group), self.num_features, self)
+        if not self._ranks_per_ghost or (self.track_running_stats and self.running_mean is not None):
+            tell_others(input, group, self.num_features, self)
 
     def _agree(self, input: Tensor, group: Group) -> int:
         """Ranks per ghost, from the first batches of all ranks: 1 if each is cut, more if they are joined."""
