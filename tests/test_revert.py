@@ -173,6 +173,20 @@ def test_a_layer_of_another_dtype_than_the_model_keeps_it() -> None:
     assert {tensor.dtype for tensor in layer.state_dict().values()} == {torch.float32, torch.int64}
 
 
+@pytest.mark.parametrize(
+    ("to", "options"), [("sync_batch_norm", {"accumulate": 2}), ("batch_renorm", {}), ("batch_instance_norm", {})]
+)
+def test_what_is_converted_while_evaluating_can_be_trained(to: str, options: dict[str, Any]) -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)).to(torch.bfloat16)
+    x = torch.randn(5, 3, 2, 2, dtype=torch.bfloat16)
+    for function, arguments in ((syncnorm.convert, (to,)), (syncnorm.revert, ())):
+        with torch.inference_mode():
+            function(model, *arguments, **(options if arguments else {}))
+        model(x).float().square().sum().backward()
+        torch.optim.SGD(model.parameters(), 0.1).step()
+        model(x)
+
+
 def test_layers_of_ours_become_plain_batch_norm() -> None:
     ours = [
         syncnorm.SyncBatchNorm1d(3),

@@ -3,6 +3,7 @@
 import warnings
 from typing import Any, cast
 
+import torch
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
@@ -92,19 +93,20 @@ def convert(
     like = {
         id(e._layer.module): (like_tensor(e._layer, model), around(e._layer, model, replaced)) for e in made.entries
     }
-    for entry in made.entries:
-        module = entry._layer.module
-        if entry.action == "swap" and isinstance(module, _ConvNd):
-            swap_filters(module, made.options)
-        elif entry.action == "swap":
-            settings = {name: value for name, value in made.options.items() if name in TARGETS[to].parameters}
-            cast(type[SyncStatistics], entry._verdict.layer).adopt(module, **settings)
-        elif entry.action == "replace":
-            replacement = blueprint(module, to, made.options)
-            assert replacement is not None
-            new = build_replacement(module, replacement, *like[id(module)])
-            put(entry._layer.places, new)
-            root = new if module is model else root
+    with torch.inference_mode(False):  # what is made here is trained
+        for entry in made.entries:
+            module = entry._layer.module
+            if entry.action == "swap" and isinstance(module, _ConvNd):
+                swap_filters(module, made.options)
+            elif entry.action == "swap":
+                settings = {name: value for name, value in made.options.items() if name in TARGETS[to].parameters}
+                cast(type[SyncStatistics], entry._verdict.layer).adopt(module, **settings)
+            elif entry.action == "replace":
+                replacement = blueprint(module, to, made.options)
+                assert replacement is not None
+                new = build_replacement(module, replacement, *like[id(module)])
+                put(entry._layer.places, new)
+                root = new if module is model else root
     for name, module in root.named_modules():
         if isinstance(module, SyncStatistics):
             module._path = name  # by which ranks are told apart

@@ -2,6 +2,7 @@
 
 import weakref
 
+import torch
 from torch import nn
 
 from syncnorm.conversion._adapters import LEFTOVERS
@@ -57,15 +58,16 @@ def revert(model: nn.Module, *, dim: int | None = None) -> nn.Module:
             "FSDP has sharded the model as it is. Revert the unwrapped model; nothing was changed."
         )
     near = [around(layer, model, {id(each.module) for each in replaced}) for layer in replaced]
-    for layer, tensor in zip(replaced, near, strict=True):
-        old = restore_origin(layer.module, like_tensor(layer, model) if tensor is None else tensor)
-        put(layer.places, old)
-        root = old if layer.module is model else root
-        _mark_given_back(old, dim)
-    for module in list(root.modules()):
-        plain_filters(module)
-        unfuse(module)
-        _revert_class(module, dim)
+    with torch.inference_mode(False):  # what is made here may be trained
+        for layer, tensor in zip(replaced, near, strict=True):
+            old = restore_origin(layer.module, like_tensor(layer, model) if tensor is None else tensor)
+            put(layer.places, old)
+            root = old if layer.module is model else root
+            _mark_given_back(old, dim)
+        for module in list(root.modules()):
+            plain_filters(module)
+            unfuse(module)
+            _revert_class(module, dim)
     return root
 
 
