@@ -235,6 +235,7 @@ def test_filter_response_norm_without_its_activation() -> None:
             TypeError,
             "got channel_dim=2.",
         ),
+        (["group_norm"], {}, ValueError, "to must be one of ['sync_batch_norm', "),
         ("dynamic_tanh", {"alpha": "1"}, TypeError, "alpha must be float, got '1'."),
         ("switchable_norm", {"using_bn": 1}, TypeError, "using_bn must be bool, got 1."),
         ("switchable_norm", {"process_group": 0}, ValueError, "at least 1; got 0"),

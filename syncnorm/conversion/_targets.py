@@ -176,7 +176,7 @@ def check_options(to: str, options: dict[str, Any]) -> None:
         ValueError: For an unknown target or a value out of range.
         TypeError: For an option that the target does not take, or of the wrong type.
     """
-    if to not in TARGETS:
+    if not isinstance(to, str) or to not in TARGETS:
         raise ValueError(f"to must be one of {list(TARGETS)}, got {to!r}.{_close(str(to), TARGETS)}")
     target = TARGETS[to]
     for name in options:
