@@ -107,6 +107,17 @@ def test_a_malformed_configuration_is_one_line(
     assert os.listdir() == (["bad.yaml"] if text else [])
 
 
+def test_a_checkpoint_that_is_not_there_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as stopped:
+        main(["test", "--ckpt_path", "no.ckpt", "--trainer.accelerator=cpu", "--trainer.logger=false"])
+    assert stopped.value.code == 2
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert said == "syncnorm test: there is no checkpoint no.ckpt. (syncnorm test --help tells more)"
+
+
 def test_help_and_version_do_not_load_lightning() -> None:
     code = (
         "import sys; from syncnorm.cli import main\n"

@@ -4,6 +4,7 @@ import inspect
 import sys
 from argparse import ArgumentError
 from importlib import import_module
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from syncnorm.errors import SyncNormError
@@ -55,6 +56,9 @@ class _DigitsCLI(LightningCLI):
 
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
         given: dict[str, Any] = super()._prepare_subcommand_kwargs(subcommand)
+        path = str(given.get("ckpt_path") or "")
+        if path and not _is_known(path) and not Path(path).exists():
+            raise ArgumentError(None, f"there is no checkpoint {path}.")
         if "weights_only" in inspect.signature(getattr(self.trainer, subcommand)).parameters:
             return {**given, "weights_only": True}
         if given.get("ckpt_path"):
@@ -63,3 +67,8 @@ class _DigitsCLI(LightningCLI):
                 "Install lightning>=2.6."
             )
         return given
+
+
+def _is_known(ckpt_path: str) -> bool:
+    """Whether it is one of Lightning's words for a checkpoint, or an address, and no file of this machine."""
+    return ckpt_path in ("best", "last", "hpc") or ckpt_path.startswith("registry") or "://" in ckpt_path
