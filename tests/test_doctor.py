@@ -300,7 +300,7 @@ def test_drawn_only_for_a_terminal_that_wants_it(
         (["doctor", "--frobnicate"], "unrecognized arguments: --frobnicate"),
         (["inspect"], "required: pkg.mod:factory"),
         (["inspect", "tests.doctor_models:plain", "--to", "ghost_batch_norm"], "needs virtual_batch_size=n; see syncnorm"),
-        *(([name, "tests.doctor_models:without"], "makes a Sequential without any normalisation layer.") for name in MODELS),
+        *(([name, "tests.doctor_models:without"], "makes a Sequential without a normalisation layer") for name in MODELS),
     ],
 )  # fmt: skip
 def test_wrong_usage_is_one_line_and_2(arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -132,7 +132,9 @@ def test_inspect_notes() -> None:
     with syncnorm.disabled(syncnorm.convert(nn.BatchNorm1d(2))) as disabled:
         assert row(disabled).group == "world, disabled"
     assert row(nn.SyncBatchNorm(2)).group == "world"
-    assert str(syncnorm.inspect(nn.Linear(1, 1))) == "no normalisation layer"
+    assert str(syncnorm.inspect(nn.Linear(1, 1))) == (
+        "no normalisation layer of torch, syncnorm or like torch's batch norm"
+    )
 
 
 @pytest.mark.filterwarnings("ignore:.*is a norm and an activation in one")

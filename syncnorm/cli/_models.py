@@ -126,7 +126,7 @@ def _load(target: str, shape: tuple[int, ...] = (), ranks: int | None = None) ->
     subject = load_subject(target, shape, ranks)
     if not any(is_norm(module) for module in subject.model.modules()):
         raise ValueError(
-            f"{target} makes a {type(subject.model).__name__} without any normalisation layer. Name a model that has one; if "
-            "it makes its layers late, call what makes them in the factory."
+            f"{target} makes a {type(subject.model).__name__} without a normalisation layer of torch or syncnorm. Name a model "
+            "that has one; if it makes its layers late, call what makes them in the factory."
         )
     return subject

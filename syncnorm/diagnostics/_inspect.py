@@ -59,7 +59,7 @@ class NormReport(Report):
 
     def parts(self) -> list[str | Table]:
         if not self.rows:
-            return ["no normalisation layer"]
+            return ["no normalisation layer of torch, syncnorm or like torch's batch norm"]
         counts = Counter(row.type for row in self.rows)
         head = ", ".join(f"{number} × {kind}" for kind, number in counts.items())
         header = ("layer", "class", "features", "affine", "statistics", "group", "notes")
