@@ -1,5 +1,6 @@
 """Tier: gloo ranks. What cannot be normalised is one clear error on every rank, with nothing half done and nobody waiting."""
 
+import os
 import time
 from typing import Any
 
@@ -106,6 +107,32 @@ def test_no_rank_is_left_waiting(case: str, who: str) -> None:
             assert kind in ("ValueError", "TypeError")
         else:
             assert kind == "SyncNormMismatch" and "1 of 2 ranks refused their input to this call" in message
+
+
+def _backend_of_one(make: Any) -> tuple[str, str, list[str]]:
+    os.environ.pop("TRITON_INTERPRET", None)
+    layer, x = make(3), torch.randn(4, 3)
+    before = {name: value.clone() for name, value in layer.state_dict().items()}
+    layer.backend = "triton" if dist.get_rank() else "auto"
+    with pytest.raises(syncnorm.SyncNormError) as caught:
+        layer(x)
+    changed = [name for name, value in layer.state_dict().items() if not torch.equal(value, before[name])]
+    layer.backend = "auto"
+    layer(x)
+    return type(caught.value).__name__, str(caught.value), changed
+
+
+@pytest.mark.gloo
+@pytest.mark.parametrize(
+    "make",
+    [syncnorm.SyncBatchNorm1d, syncnorm.BatchRenorm1d, syncnorm.MovingAverageBatchNorm1d],
+    ids=lambda m: m.__name__,
+)
+def test_a_backend_that_refuses_on_one_rank_is_told_to_the_others(make: Any) -> None:
+    first, second = run_ranks(_backend_of_one, 2, make)
+    assert first[0] == "SyncNormMismatch" and "1 of 2 ranks refused their input to this call (ranks [1]" in first[1]
+    assert second[0] == "SyncNormError" and "backend='triton' was asked for and cannot run" in second[1]
+    assert first[2] == second[2] == []
 
 
 def _one_value() -> tuple[str, list[str]]:

@@ -72,7 +72,7 @@ def batch_renorm(
     if not training:
         validate(input, running_mean.numel(), input_dims)
         return evaluate(input, running_mean, running_var, weight, bias, eps)
-    ranks = enter(input, eps, group, running_mean.numel(), input_dims, site)
+    ranks = enter(input, eps, group, running_mean.numel(), input_dims, site, backend)
     running = RunningStatistics(running_mean, running_var, num_batches_tracked, momentum, tracked=track)
     walk = Walk(eps, ranks, backend, needs_grad(input, weight, bias), site, RenormLimits(limits, clip_rate))
     return batch_normalize(input, weight, bias, walk, running)

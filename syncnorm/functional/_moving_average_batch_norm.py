@@ -100,7 +100,7 @@ def moving_average_batch_norm(
     if not training:
         validate(input, running_mean.numel(), input_dims)
         return evaluate(input, running_mean, running_var, weight, bias, eps)
-    ranks = enter(input, eps, group, running_mean.numel(), input_dims, site)
+    ranks = enter(input, eps, group, running_mean.numel(), input_dims, site, backend)
     met = begin_call(site, ranks, input)
     walk = Walk(eps, ranks, backend, needs_grad(input, weight, bias), site, call=met)
     state = _State(averages, RunningStatistics(running_mean, running_var, num_batches_tracked, momentum, tracked=track))

@@ -14,6 +14,7 @@ from syncnorm.core.traced import is_transformed
 from syncnorm.distributed.exchange import send_poison
 from syncnorm.distributed.groups import Group, group_spec, resolve
 from syncnorm.distributed.ledger import begin_call
+from syncnorm.errors import SyncNormError
 from syncnorm.functional._batch_normalize import batch_normalize
 from syncnorm.functional._checkpoint import is_recomputing, unseen_by_selective_checkpointing
 from syncnorm.functional._fused import check_invertible, check_residual, follow
@@ -112,7 +113,7 @@ def sync_batch_norm(
         validate(input, num_features, input_dims)
         check_residual(input, residual)
         return evaluate(input, running_mean, running_var, weight, bias, eps, residual, act)
-    ranks = enter(input, eps, group, num_features, input_dims, site)
+    ranks = enter(input, eps, group, num_features, input_dims, site, backend)
     try:
         check_residual(input, residual)
         if memory_efficient:
@@ -183,14 +184,21 @@ def enter(
     num_features: int | None,
     input_dims: tuple[int, ...] | None,
     site: object = None,
+    backend: str = "auto",
 ) -> Group:
-    """The live group of a training forward, with an input that fits; a refusal is told to the other ranks, too."""
+    """The live group of a training forward, with an input that fits; a refusal is told to the other ranks, too.
+
+    A backend asked for by name may refuse on one rank alone: where nothing has been built, say.
+    """
     ranks: Group = group if isinstance(group, Group) else resolve(group_spec(group))
     try:
         validate(input, num_features, input_dims)
         if not eps > 0:
             raise ValueError(f"eps must be positive when training, got {eps}.")
-    except (ValueError, TypeError):
+        eager = not torch.compiler.is_compiling() and not is_transformed()
+        if backend != "auto" and ranks.size > 1 and input.numel() and eager:
+            choose(backend, input)
+    except (ValueError, TypeError, SyncNormError):
         tell_others(input, ranks, num_features, site)
         raise
     return ranks
