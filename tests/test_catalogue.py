@@ -113,9 +113,10 @@ def test_exports_in_evaluation(method: Method) -> None:
 
 
 @over(TRACED)
-def test_traces_in_evaluation(method: Method) -> None:
+@pytest.mark.parametrize("with_grad", [False, True])
+def test_traces_in_evaluation(method: Method, with_grad: bool) -> None:
     module, xs = layer(method).eval(), inputs(method)
-    with torch.no_grad(), warnings.catch_warnings():
+    with torch.set_grad_enabled(with_grad), warnings.catch_warnings():
         warnings.simplefilter("ignore", torch.jit.TracerWarning)  # of checks of shapes
         warnings.simplefilter("ignore", DeprecationWarning)
         traced = torch.jit.trace(module, xs)

@@ -306,6 +306,12 @@ def test_an_exported_program_needs_no_operators_of_ours() -> None:
     torch.testing.assert_close(program.module()(x), layers(x))
 
 
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::DeprecationWarning")
+def test_a_traced_rms_norm_holds_operators_that_others_know() -> None:
+    traced = torch.jit.trace(syncnorm.RMSNorm(6), torch.randn(2, 6))
+    assert "_fused_rms_norm" not in str(traced.inlined_graph)
+
+
 def test_autocast_leaves_the_dtype_of_the_input() -> None:
     x = sample(4, 6, dtype=torch.bfloat16)
     for layer in (syncnorm.LayerNorm(6), syncnorm.RMSNorm(6), syncnorm.GroupNorm(6, 2, activation="silu")):

@@ -41,7 +41,7 @@ def row_norm_forward(
     wide, weight, bias = _one_dtype(h, weight, bias)
     if centre:
         y, mean, rstd = torch.native_layer_norm(wide, wide.shape[-1:], weight, bias, eps)
-    elif part is None and (torch.is_grad_enabled() or x.device.type != "cpu"):
+    elif part is None and (torch.is_grad_enabled() or x.device.type != "cpu") and not torch.jit.is_tracing():
         y, rstd = torch.ops.aten._fused_rms_norm(wide, wide.shape[-1:], weight, eps)
     else:
         y, rstd = _rms_norm(wide, weight, eps, part)
@@ -133,7 +133,7 @@ def _one_dtype(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> tuple[T
 def _rms_norm(x: Tensor, weight: Tensor | None, eps: float, part: int | None) -> tuple[Tensor, Tensor]:
     accumulate = accumulate_dtype(x.dtype)
     used = x[..., :part]
-    if torch.is_grad_enabled():  # the norm has no second derivative at 0, the square has
+    if torch.is_grad_enabled() or torch.jit.is_tracing():  # the norm has no second derivative at 0, the square has
         mean_square = used.to(accumulate).square().mean(-1)
     else:
         mean_square = torch.linalg.vector_norm(used, dim=-1, dtype=accumulate).square_().div_(used.size(-1))
