@@ -36,6 +36,11 @@ def test_a_result_that_cannot_be_sent_is_named() -> None:
     assert "what the function returned cannot be pickled" in caught.value.errors[1]
 
 
+def test_nobody_is_no_group() -> None:
+    with pytest.raises(ValueError, match="run_ranks starts at least 1 rank, got ranks=0"):
+        run_ranks(_loads, 0)
+
+
 def _sleeps(folder: str) -> None:
     (Path(folder) / f"{dist.get_rank()}").write_text(str(os.getpid()))
     time.sleep(60)

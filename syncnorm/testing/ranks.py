@@ -62,7 +62,10 @@ def run_ranks(
 
     Raises:
         RankError: If any rank raised, died, or was still running at the timeout.
+        ValueError: If ``ranks`` is below 1.
     """
+    if ranks < 1:
+        raise ValueError(f"run_ranks starts at least 1 rank, got ranks={ranks}.")
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(_PRELOAD)
     with tempfile.TemporaryDirectory(prefix="syncnorm-ranks-") as folder:
