@@ -249,7 +249,7 @@ def test_two_ways_through_one_layer_in_one_graph() -> None:
 
 def test_an_activation_is_part_of_copies_and_may_change() -> None:
     layer = syncnorm.SyncBatchNorm2d(5, activation="leaky_relu", negative_slope=0.3)
-    assert "activation=leaky_relu" in repr(layer)
+    assert "activation=leaky_relu, negative_slope=0.3" in repr(layer)
     assert layer.state_dict().keys() == nn.BatchNorm2d(5).state_dict().keys()
     x = torch.randn(4, 5, 7, 3)
     assert copy.deepcopy(layer)(x).equal(layer(x))

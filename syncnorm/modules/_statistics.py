@@ -208,6 +208,8 @@ class SyncStatistics(Swapped):
         """The fields of torch's layer, and ours where they are not the default."""
         ours = {"process_group": (self._group_spec, GroupSpec()), "backend": (self.backend, "auto")}
         ours |= {"accumulate": (self.accumulate, 1), "activation": (self.activation, None)}
+        if self._activation is not None and self._activation.name == "leaky_relu":
+            ours |= {"negative_slope": (self._activation.negative_slope, 0.01)}
         ours |= {"memory_efficient": (self.memory_efficient, False), "on_nonfinite": (self.on_nonfinite, "propagate")}
         extra = [f"{name}={value}" for name, (value, default) in ours.items() if value != default]
         return ", ".join([super().extra_repr(), *extra])  # type: ignore[no-untyped-call]
