@@ -10,6 +10,8 @@ from torch import Tensor, nn
 
 import syncnorm
 from syncnorm.distributed import row
+from syncnorm.distributed.collectives import group_store
+from syncnorm.distributed.groups import group_spec, resolve
 from syncnorm.distributed.ledger import Call
 from syncnorm.testing import count_collectives, run_ranks
 
@@ -149,6 +151,21 @@ def test_ranks_still_agree_after_an_input_was_refused() -> None:
     first, second = run_ranks(_ranks_go_on_after_a_refusal, 2, timeout=60)
     assert first == ["completed", "SyncNormMismatch", "completed"]
     assert second == ["completed", "ValueError", "completed"]
+
+
+def _notes_that_are_left() -> list[bool]:
+    layer, rank = syncnorm.SyncBatchNorm1d(4), dist.get_rank()
+    for _ in range(3):
+        with pytest.raises((ValueError, syncnorm.SyncNormMismatch)):
+            layer(torch.randn(4, 4 + rank))
+    dist.barrier()
+    store = group_store(resolve(group_spec("world")).name)
+    return [store.check([f"notes/{turn}/{place}"]) for turn in (1, 2, 3) for place in range(2)]
+
+
+@pytest.mark.gloo
+def test_what_was_told_is_forgotten_once_all_have_read_it() -> None:
+    assert run_ranks(_notes_that_are_left, 2) == [[False] * 4 + [True] * 2] * 2
 
 
 def _levels(level: str, eps: float) -> Outcome:

@@ -43,6 +43,9 @@ def gather_notes(group: Group, place: str, word: float, more: str = "") -> dict[
             time.sleep(0.002)
         told = json.loads(store.get(key)) if store.check([key]) else (0.0, "a place that it has not told", "")
         notes[rank] = Note(float(told[0]), printable(told[1], _SHOWN), printable(told[2], _SHOWN))
+    # Whoever has come here again has read what was told last time: 2 kB of each rank's memory an error, were it kept.
+    if turn > 1 and store.check([f"notes/{turn}/{position}" for position in range(len(ranks))]):
+        store.delete_key(f"notes/{turn - 1}/{mine}")
     return notes
 
 
