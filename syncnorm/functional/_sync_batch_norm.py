@@ -195,8 +195,8 @@ def enter(
         validate(input, num_features, input_dims)
         if not eps > 0:
             raise ValueError(f"eps must be positive when training, got {eps}.")
-        eager = not torch.compiler.is_compiling() and not is_transformed()
-        if backend != "auto" and ranks.size > 1 and input.numel() and eager:
+        is_named = backend != "auto" and ranks.size > 1 and input.numel()
+        if is_named and not torch.compiler.is_compiling() and not is_transformed():
             choose(backend, input)
     except (ValueError, TypeError, SyncNormError):
         tell_others(input, ranks, num_features, site)
