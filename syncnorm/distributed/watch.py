@@ -32,7 +32,7 @@ from syncnorm.distributed.notes import printable
 from syncnorm.distributed.processes import identity, is_running
 from syncnorm.errors import SyncNormError, SyncNormPeerLost, SyncNormTimeout
 
-__all__ = ["is_watching", "set_watch", "sum_watched"]
+__all__ = ["is_watching", "patience", "set_watch", "sum_watched"]
 
 _TURN = 0.25  # seconds between two looks; what a fault costs beyond what finding it needs
 _SILENCE = 2.0  # seconds without a word after which a rank does not answer: eight turns of its thread
@@ -64,6 +64,11 @@ def set_watch(seconds: float | None) -> None:
     _patience = seconds
     if seconds is not None and is_initialized():  # so that a rank that ends before it has met anybody is known to have
         acquaintances().set(str(dist.get_rank()), json.dumps(identity()))
+
+
+def patience() -> float | None:
+    """The seconds of :func:`set_watch`."""
+    return _patience
 
 
 def is_watching() -> bool:

@@ -5,6 +5,7 @@ It converts in ``setup``, before the strategy wraps the model, and again in ``on
 """
 
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Literal
 
 from syncnorm.conversion import To
@@ -12,6 +13,7 @@ from syncnorm.conversion._layers import find_layers
 from syncnorm.conversion._targets import TARGETS, default_of
 from syncnorm.diagnostics import audit
 from syncnorm.distributed import set_watch
+from syncnorm.distributed.watch import patience
 from syncnorm.errors import SyncNormError
 from syncnorm.lightning._flavours import Callback, rank_zero_info, rank_zero_warn
 from syncnorm.lightning._refusals import refuse_copied, refuse_late, refuse_rivals, refuse_workers
@@ -96,6 +98,7 @@ class SyncNorm(Callback):
         if watch is not False and not watch > 0:
             raise ValueError(f"watch must be True, False or a number of seconds, got {watch}.")
         self.watch = watch
+        self._watch_before: list[float | None] = []  # what was set when a fit began that has not ended
         if audit_every_n_steps is not None and audit_every_n_steps < 1:
             raise ValueError(f"audit_every_n_steps must be at least 1, or None for never; got {audit_every_n_steps}.")
         self.audit_every_n_steps, self._audited = audit_every_n_steps, 0
@@ -135,6 +138,7 @@ class SyncNorm(Callback):
 
     def on_fit_start(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
         if self.watch:
+            self._watch_before.append(patience())
             set_watch(_PATIENCE if self.watch is True else self.watch)
         self._refuse_rivals(trainer, pl_module)
         refuse_late(self._surgery, pl_module)
@@ -210,8 +214,9 @@ class SyncNorm(Callback):
         if self.revert:
             self._surgery.undo()
         self._surgery.forget()
-        if self.watch:
-            set_watch(None)
+        if self._watch_before:
+            with suppress(RuntimeError):  # the store may have gone with its rank, which is no news at the end
+                set_watch(self._watch_before.pop())
 
     def _warn_once(self, text: str) -> None:
         if not self._warned:
