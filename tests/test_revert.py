@@ -96,6 +96,60 @@ def test_what_was_learned_and_switched_meanwhile_stays(to: str, options: dict[st
     assert fired == ["hook"]
 
 
+@pytest.mark.parametrize(("to", "options"), [*TARGETS, ("rms_norm", {}), ("switchable_norm", {})])
+def test_what_its_user_set_on_the_layer_in_its_place_stays(to: str, options: dict[str, Any]) -> None:
+    layer = nn.BatchNorm2d(4, momentum=0.25)
+    layer.kept, layer.dropped, layer.num_groups = "a", "b", "mine"  # type: ignore[assignment]
+    fields = {*vars(layer)} - {"dropped"} | {"new"}
+    model = syncnorm.convert(nn.Sequential(layer), to, **options)
+    model[0].kept, model[0].new, model[0].eps = "c", "d", 0.5  # type: ignore[assignment]
+    del model[0].dropped
+    if hasattr(model[0], "momentum"):
+        model[0].momentum = None  # type: ignore[assignment]
+    momentum, keeps = getattr(model[0], "momentum", 0.25), model[0]._buffers.get("running_mean") is not None
+    if keeps:
+        model[0].track_running_stats = False
+    model.compile(backend="eager")  # of the model, and of the layer: what is compiled is not the batch norm
+    if to != "sync_batch_norm":
+        model[0].compile(backend="eager")
+    assert syncnorm.revert(model)[0] is layer
+    assert (layer.kept, layer.new, layer.num_groups, layer.eps, layer.momentum) == ("c", "d", "mine", 0.5, momentum)
+    assert layer.track_running_stats is not keeps
+    assert {*vars(layer)} == fields
+
+
+def test_numbers_of_another_meaning_are_not_brought_back() -> None:
+    layer = nn.BatchNorm2d(4)
+    model = syncnorm.convert(nn.Sequential(layer), "filter_response_norm", tlu=False)
+    assert model[0].eps != layer.eps
+    model[0].eps = 0.5  # type: ignore[assignment]
+    syncnorm.revert(model)
+    assert layer.eps == 1e-5
+
+
+@pytest.mark.parametrize(("to", "options"), TARGETS)
+def test_a_forward_that_was_replaced_on_the_object_is_not_pulled_from_under_it(
+    to: str, options: dict[str, Any]
+) -> None:
+    model = syncnorm.convert(nn.Sequential(nn.BatchNorm2d(4)), to, **options)
+    inner, layer = model[0].forward, model[0]
+    layer.forward = lambda x: inner(x)  # as hooks of accelerate do
+    with pytest.raises(syncnorm.SyncNormError, match="changes the class of 0, and forward was replaced on the object"):
+        syncnorm.revert(model)
+    assert model[0] is layer
+    del layer.forward
+    assert type(syncnorm.revert(model)[0]) is nn.BatchNorm2d
+
+
+def test_nor_is_that_of_a_convolution() -> None:
+    model = nn.Sequential(nn.Conv2d(2, 4, 3), nn.BatchNorm2d(4))
+    syncnorm.convert(model, "group_norm", num_groups=2, weight_standardization=True)
+    model[0].forward = model[0].forward
+    with pytest.raises(syncnorm.SyncNormError, match="changes the class of 0, and forward was replaced on the object"):
+        syncnorm.revert(model)
+    assert type(model[1]) is syncnorm.GroupNorm
+
+
 def test_the_staged_chain_loses_nothing() -> None:
     """Batch norm, batch renorm, frozen, and back: what each stage learned stays, what it switched is switched back."""
     layer = nn.BatchNorm2d(4, eps=1e-4, momentum=0.25)

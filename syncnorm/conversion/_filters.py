@@ -10,7 +10,7 @@ from syncnorm.conversion._targets import FILTERS
 from syncnorm.conversion._verdict import Verdict, own_forward
 from syncnorm.modules._sharded import sharded_like
 
-__all__ = ["convolutions", "judge_convolution", "plain_filters", "swap_filters"]
+__all__ = ["convolutions", "has_swapped_filters", "judge_convolution", "plain_filters", "swap_filters"]
 
 _BEFORE = "_syncnorm_convolution"
 
@@ -58,8 +58,13 @@ def swap_filters(module: nn.Module, given: dict[str, Any]) -> None:
 
 def plain_filters(module: nn.Module) -> None:
     """Undo :func:`swap_filters`; nothing for a module that it has not seen."""
-    if _BEFORE in module.__dict__:
+    if has_swapped_filters(module):
         plain, added = module.__dict__.pop(_BEFORE)
         for name in added:
             module.__dict__.pop(name, None)
         module.__class__ = sharded_like(plain, type(module))
+
+
+def has_swapped_filters(module: nn.Module) -> bool:
+    """Whether :func:`swap_filters` was here."""
+    return _BEFORE in module.__dict__

@@ -14,6 +14,7 @@ from torch.nn.modules.batchnorm import _BatchNorm, _LazyNormBase
 from torch.nn.modules.instancenorm import _InstanceNorm
 
 __all__ = [
+    "ORIGIN",
     "SHARDED",
     "Layer",
     "Origin",
@@ -28,7 +29,7 @@ __all__ = [
 
 # What FSDP, the first and the second, leaves in the class of a module that it shards.
 SHARDED = {"FullyShardedDataParallel", "FSDPModule"}
-_ORIGIN = "_syncnorm_origin"
+ORIGIN = "_syncnorm_origin"
 # What wrappers put into a qualified name. Patterns see names with and without.
 _WRAPPED = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
 _WRAPPERS = {"DistributedDataParallel", "DataParallel", "_FabricModule"}
@@ -44,6 +45,7 @@ class Origin:
         made: The call that made the layer in its place, in words.
         dtype: Of its weight then; of its statistics where it had none.
         around: Of what was around it then.
+        fields: Attributes of the layer in its place as its constructor left it: what else it has is its user's.
     """
 
     module: nn.Module
@@ -51,6 +53,7 @@ class Origin:
     made: str
     dtype: torch.dtype | None = None
     around: torch.dtype | None = None
+    fields: frozenset[str] = frozenset()
 
 
 class Place(NamedTuple):
@@ -147,13 +150,13 @@ def _is_or_was_batch_norm(module: nn.Module) -> bool:
 
 def origin_of(module: nn.Module) -> Origin | None:
     """What ``module`` took the place of; None if it is nobody's replacement."""
-    origin = module.__dict__.get(_ORIGIN)
+    origin = module.__dict__.get(ORIGIN)
     return origin if isinstance(origin, Origin) else None
 
 
 def set_origin(module: nn.Module, origin: Origin) -> None:
     """Remember ``origin`` in a place that torch does not look into for submodules."""
-    module.__dict__[_ORIGIN] = origin
+    module.__dict__[ORIGIN] = origin
 
 
 def class_names(module: nn.Module) -> set[str]:

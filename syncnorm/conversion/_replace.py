@@ -6,14 +6,14 @@ too, so a handle removes its hook wherever the hook has gone.
 
 import math
 import weakref
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Set
 from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.instancenorm import _InstanceNorm
 
-from syncnorm.conversion._layers import Layer, Origin, origin_of, set_origin
+from syncnorm.conversion._layers import ORIGIN, Layer, Origin, origin_of, set_origin
 from syncnorm.conversion._targets import TARGETS, default_of
 from syncnorm.distributed import group_spec
 from syncnorm.modules import SyncStatistics
@@ -111,13 +111,12 @@ def build_replacement(module: nn.Module, made: Blueprint, like: Tensor | None, n
             new._buffers[name] = statistic.float() if statistic.dtype in HALVES else statistic
             new._non_persistent_buffers_set |= module._non_persistent_buffers_set & {name}
             new.track_running_stats = module.track_running_stats
-    for name, value in module.__dict__.items():
-        if "_hook" in name or (name not in new.__dict__ and name not in _own_fields()):
-            new.__dict__[name] = value
+    fields = frozenset(new.__dict__)
+    _hand_over(module, new, _users(module, fields | _own_fields()))
     new.training = module.training
     _aim_hooks(new, module, new)
-    dtypes = (None if tensor is None else tensor.dtype for tensor in (like, near))
-    set_origin(new, Origin(module, made.target, str(made), *dtypes))
+    own_dtype, dtype_around = (None if tensor is None else tensor.dtype for tensor in (like, near))
+    set_origin(new, Origin(module, made.target, str(made), own_dtype, dtype_around, fields))
     new.register_load_state_dict_pre_hook(_take_batch_norms_checkpoint)
     if _one_value_per_features_row(module, new):
         new.register_forward_pre_hook(_refuse_features)
@@ -125,7 +124,7 @@ def build_replacement(module: nn.Module, made: Blueprint, like: Tensor | None, n
 
 
 def restore_origin(module: nn.Module, near: Tensor | None) -> nn.Module:
-    """The original of a replacement, with the parameters, statistics, hooks, training flag, device and dtype it has now.
+    """The original of a replacement, with the tensors, hooks, users' attributes, flags, device and dtype it has now.
 
     Args:
         module: The replacement.
@@ -140,13 +139,16 @@ def restore_origin(module: nn.Module, near: Tensor | None) -> nn.Module:
             if getattr(hook, "hook", hook) in (_take_batch_norms_checkpoint, _refuse_features):
                 del hooks[key]
     _aim_hooks(module, module, old)
-    for name, value in module.__dict__.items():
-        if "_hook" in name:
-            old.__dict__[name] = value
+    for name in _users(old, origin.fields | _own_fields()):
+        del old.__dict__[name]  # the replacement has it, or its user has taken it away
+    _hand_over(module, old, _users(module, origin.fields | {ORIGIN, "_compiled_call_impl", *old.__dict__}))
+    for name in {"eps", "momentum"} & origin.fields - {*TARGETS[origin.to].own}:
+        setattr(old, name, getattr(module, name))
     mine = {**old._parameters, **old._buffers}
     followers = [name for name, tensor in mine.items() if tensor is not None and tensor.dtype == origin.dtype]
     taken = _take(old._parameters, module._parameters, _AFFINE)
-    _take(old._buffers, module._buffers, STATISTICS)
+    if "running_mean" in _take(old._buffers, module._buffers, STATISTICS):
+        old.track_running_stats = module.track_running_stats
     own = next((parameter for parameter in module._parameters.values() if parameter is not None), None)
     now = near if own is None else own
     if now is not None:
@@ -193,6 +195,17 @@ def _process_group(module: nn.Module) -> object:
 def _own_fields() -> set[str]:
     """Attributes that a batch norm sets itself; what else is in its ``__dict__`` is its user's."""
     return {*nn.BatchNorm1d(1, device="meta").__dict__, *OURS, "process_group"}
+
+
+def _users(module: nn.Module, fields: Set[str]) -> list[str]:
+    """Attributes of a layer that are neither ``fields`` nor hooks."""
+    return [name for name in module.__dict__ if name not in fields and "_hook" not in name]
+
+
+def _hand_over(source: nn.Module, target: nn.Module, names: Iterable[str]) -> None:
+    """Give ``target`` the attributes of these names, and every hook."""
+    target.__dict__.update({name: source.__dict__[name] for name in names})
+    target.__dict__.update({name: value for name, value in source.__dict__.items() if "_hook" in name})
 
 
 def _aim_hooks(holder: nn.Module, source: nn.Module, target: nn.Module) -> None:

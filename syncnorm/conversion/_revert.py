@@ -6,11 +6,12 @@ import torch
 from torch import nn
 
 from syncnorm.conversion._adapters import LEFTOVERS
-from syncnorm.conversion._filters import plain_filters
+from syncnorm.conversion._filters import has_swapped_filters, plain_filters
 from syncnorm.conversion._fused_forward import unfuse
-from syncnorm.conversion._layers import SHARDED, class_names, find_layers, origin_of, qualified_type
+from syncnorm.conversion._layers import SHARDED, class_names, display, find_layers, origin_of, qualified_type
 from syncnorm.conversion._plan import shorten
 from syncnorm.conversion._replace import around, like_tensor, put, restore_origin
+from syncnorm.conversion._verdict import own_forward
 from syncnorm.errors import SyncNormError
 from syncnorm.modules import BatchNorm, SyncStatistics
 
@@ -26,8 +27,9 @@ def revert(model: nn.Module, *, dim: int | None = None) -> nn.Module:
     """Undo :func:`syncnorm.convert`, in place: every layer gets its exact original class, or its place, back.
 
     What was learned since stays: parameters are the objects in use now, running statistics are where training brought
-    them (of a layer whose replacement had none, as a group norm: as they were). Training flags, hooks and device are
-    the current ones. ``nn.SyncBatchNorm`` that was not converted by us becomes plain batch norm.
+    them (of a layer whose replacement had none, as a group norm: as they were). Training flags, hooks, device and attributes
+    of your own are the current ones; so are eps and momentum, where the replacement had them from the layer.
+    ``nn.SyncBatchNorm`` that was not converted by us becomes plain batch norm.
 
     Args:
         model: A converted model, or any other.
@@ -41,7 +43,8 @@ def revert(model: nn.Module, *, dim: int | None = None) -> nn.Module:
 
     Raises:
         ValueError: If ``dim`` is not None, 1, 2 or 3.
-        SyncNormError: If a layer was replaced and FSDP has sharded the model since.
+        SyncNormError: If a layer was replaced and FSDP has sharded the model since, or if the ``forward`` of a layer was
+            replaced on the object, as hooks of accelerate do.
 
     Example:
         >>> model = syncnorm.convert(torch.nn.Sequential(torch.nn.BatchNorm1d(8)), to="layer_norm")
@@ -56,6 +59,12 @@ def revert(model: nn.Module, *, dim: int | None = None) -> nn.Module:
         raise SyncNormError(
             f"revert puts the original modules back in place of {shorten([layer.names[0] for layer in replaced])}, and "
             "FSDP has sharded the model as it is. Revert the unwrapped model; nothing was changed."
+        )
+    held = [display(name) for name, module in root.named_modules() if _changes(module) and own_forward(module)]
+    if held:
+        raise SyncNormError(
+            f"revert changes the class of {shorten(held)}, and forward was replaced on the object (by a hook of another "
+            "library?), which may call the layer as it is now. Take that off first; nothing was changed."
         )
     near = [around(layer, model, {id(each.module) for each in replaced}) for layer in replaced]
     with torch.inference_mode(False):  # what is made here may be trained
@@ -78,6 +87,10 @@ def without_synchronisation(model: nn.Module) -> nn.Module:
         if type(module) is nn.SyncBatchNorm:
             _to_plain(module, None)
     return model
+
+
+def _changes(module: nn.Module) -> bool:
+    return isinstance(module, SyncStatistics) or origin_of(module) is not None or has_swapped_filters(module)
 
 
 def _revert_class(module: nn.Module, dim: int | None) -> None:
