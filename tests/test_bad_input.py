@@ -1,7 +1,9 @@
 """Tier: gloo ranks. What cannot be normalised is one clear error on every rank, with nothing half done and nobody waiting."""
 
+import functools
 import os
 import time
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -109,9 +111,15 @@ def test_no_rank_is_left_waiting(case: str, who: str) -> None:
             assert kind == "SyncNormMismatch" and "1 of 2 ranks refused their input to this call" in message
 
 
+def _ghosts(size: int) -> Callable[[int], nn.Module]:
+    return functools.partial(syncnorm.GhostBatchNorm1d, virtual_batch_size=size)
+
+
 def _backend_of_one(make: Any) -> tuple[str, str, list[str]]:
     os.environ.pop("TRITON_INTERPRET", None)
     layer, x = make(3), torch.randn(4, 3)
+    if isinstance(layer, syncnorm.GhostBatchNorm1d):
+        layer(x)  # ranks agree on their ghosts
     before = {name: value.clone() for name, value in layer.state_dict().items()}
     layer.backend = "triton" if dist.get_rank() else "auto"
     with pytest.raises(syncnorm.SyncNormError) as caught:
@@ -125,8 +133,13 @@ def _backend_of_one(make: Any) -> tuple[str, str, list[str]]:
 @pytest.mark.gloo
 @pytest.mark.parametrize(
     "make",
-    [syncnorm.SyncBatchNorm1d, syncnorm.BatchRenorm1d, syncnorm.MovingAverageBatchNorm1d],
-    ids=lambda m: m.__name__,
+    [
+        pytest.param(syncnorm.SyncBatchNorm1d, id="SyncBatchNorm1d"),
+        pytest.param(syncnorm.BatchRenorm1d, id="BatchRenorm1d"),
+        pytest.param(syncnorm.MovingAverageBatchNorm1d, id="MovingAverageBatchNorm1d"),
+        pytest.param(_ghosts(2), id="ghosts of a rank"),
+        pytest.param(_ghosts(8), id="a ghost of two ranks"),
+    ],
 )
 def test_a_backend_that_refuses_on_one_rank_is_told_to_the_others(make: Any) -> None:
     first, second = run_ranks(_backend_of_one, 2, make)

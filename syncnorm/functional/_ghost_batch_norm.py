@@ -9,7 +9,7 @@ from syncnorm.core.running import RunningStatistics
 from syncnorm.distributed.exchange import exchange_row
 from syncnorm.distributed.groups import LOCAL, Group, group_spec, resolve
 from syncnorm.distributed.ledger import Call, begin_call
-from syncnorm.errors import SyncNormMismatch
+from syncnorm.errors import SyncNormPeerLost, SyncNormTimeout
 from syncnorm.functional._checkpoint import is_recomputing, unseen_by_selective_checkpointing
 from syncnorm.functional._ghosts import normalize_ghosts
 from syncnorm.functional._sync_batch_norm import enter, evaluate, needs_grad, tell_others, validate
@@ -72,6 +72,8 @@ def ghost_batch_norm(
     Raises:
         ValueError: If the input does not fit, or a whole ghost has one value per channel.
         TypeError: If the input is not floating point.
+        SyncNormError: As :func:`sync_batch_norm`.
+        SyncNormMismatch: As :func:`sync_batch_norm`.
 
     Reference: Hoffer, Hubara & Soudry (2017), arXiv:1705.08741, algorithm 1.
     """
@@ -81,7 +83,7 @@ def ghost_batch_norm(
     ranks = group if isinstance(group, Group) else resolve(group_spec(group))
     tracks = (running_mean is not None or num_batches_tracked is not None) and not is_recomputing()
     try:
-        enter(input, eps, ghost_group, num_features, input_dims, site)
+        enter(input, eps, ghost_group, num_features, input_dims, site, backend)
         sizes = _cut(input, virtual_batch_size) if ghost_group.size == 1 else [input.size(0)]
         if ghost_group.size == 1 and count_per_channel(input) == 1:
             raise ValueError(
@@ -90,7 +92,9 @@ def ghost_batch_norm(
             )
         walk = Walk(eps, ghost_group, backend, needs_grad(input, weight, bias), site)
         output, moments = normalize_ghosts(input, sizes, weight, bias, walk)
-    except (ValueError, TypeError, SyncNormMismatch):
+    except (SyncNormPeerLost, SyncNormTimeout):
+        raise  # nobody is left to tell
+    except Exception:
         if tracks:  # the other ghosts go on to the running statistics
             tell_others(input, ranks, num_features, site)
         raise
