@@ -4,6 +4,7 @@ import copy
 import io
 import re
 import warnings
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from torch.nn.utils import parametrize
 from torch.utils.checkpoint import checkpoint
 
 from syncnorm import modules
+from syncnorm.errors import SyncNormError
 from tests.catalogue import ELSEWHERE, METHODS, Method, inputs, layer
 
 MAPS = [method for method in METHODS if method.maps]
@@ -25,7 +27,7 @@ def over(methods: list[Method]) -> pytest.MarkDecorator:
 
 @pytest.fixture(autouse=True)
 def expect_known_faults(request: pytest.FixtureRequest) -> None:
-    method = getattr(request.node, "callspec", None) and request.node.callspec.params["method"]
+    method = getattr(request.node, "callspec", None) and request.node.callspec.params.get("method")
     for pattern, why in method.faults.items() if method else ():
         if re.search(pattern, request.node.name):
             request.applymarker(pytest.mark.xfail(reason=why, strict=True))
@@ -191,13 +193,25 @@ def test_a_parameter_may_be_what_a_parametrization_makes_of_it(method: Method) -
 
 
 MADE_BY_OTHERS = ("weight_", "spectral_norm")  # torch's parametrizations have nothing to reset them
-UNSET = ("RunningNorm", "Standardize", "MinMaxScale")  # no parameters; statistics come from a checkpoint or from data
+FITTED = ("Standardize", "MinMaxScale")
+RESET = [(method.name, method.make) for method in METHODS if not method.name.startswith((*MADE_BY_OTHERS, *FITTED))]
+RESET += [
+    ("Standardize", lambda: modules.Standardize(6)),
+    ("MinMaxScale", lambda: modules.MinMaxScale(6)),
+    ("BatchNorm", lambda: modules.BatchNorm(6)),
+    ("SyncBatchNorm (accumulating)", lambda: modules.SyncBatchNorm(6, accumulate=2)),
+    ("BatchRenorm1d (limits)", lambda: modules.BatchRenorm1d(6, r_max=2.0, d_max=0.5)),
+    ("InstanceNorm2d (tracking)", lambda: modules.InstanceNorm2d(6, track_running_stats=True)),
+    ("LayerNormLSTM", lambda: modules.LayerNormLSTM(3, 4, 2)),
+    ("BatchNormLSTM", lambda: modules.BatchNormLSTM(3, 4, 2, max_length=3)),
+]
+AT_RANDOM = (nn.Conv1d, nn.Conv2d, nn.Conv3d, modules.LayerNormLSTM, modules.BatchNormLSTM)
 
 
-@over([method for method in METHODS if not method.name.startswith((*MADE_BY_OTHERS, *UNSET))])
-def test_born_on_meta_and_reset_it_is_as_new(method: Method) -> None:
+@pytest.mark.parametrize(("name", "make"), RESET, ids=[name for name, _ in RESET])
+def test_born_on_meta_and_reset_it_is_as_new(name: str, make: Callable[[], nn.Module]) -> None:
     with torch.device("meta"):
-        module = method.make()
+        module = make()
     assert repr(module)
     module.to_empty(device="cpu")
     for tensor in (*module.parameters(), *module.buffers()):
@@ -206,12 +220,23 @@ def test_born_on_meta_and_reset_it_is_as_new(method: Method) -> None:
         if hasattr(part, "reset_parameters") or [*part.parameters(recurse=False), *part.buffers(recurse=False)]:
             part.reset_parameters()
     torch.manual_seed(0)
-    new = method.make()
+    new = make()
     torch.manual_seed(0)
     for part in module.modules():
-        if isinstance(part, nn.Conv1d | nn.Conv2d | nn.Conv3d):
-            part.reset_parameters()  # at random
+        if isinstance(part, AT_RANDOM):
+            part.reset_parameters()
+    assert_same(dict(module.named_parameters()), dict(new.named_parameters()))
+    assert_same(dict(module.named_buffers()), dict(new.named_buffers()))
     assert_same(module.state_dict(), new.state_dict())
+
+
+def test_a_scaler_that_is_reset_is_fitted_to_nothing() -> None:
+    for module in (modules.Standardize(6), modules.MinMaxScale(6)):
+        module.fit(torch.randn(20, 6))
+        module.reset_parameters()
+        assert not module.is_fitted and module.count == 0
+        with pytest.raises(SyncNormError, match="has no statistics yet"):
+            module(torch.randn(3, 6))
 
 
 def test_what_no_state_dict_has_is_as_new_after_to_empty() -> None:

@@ -123,6 +123,13 @@ class _BatchRenorm(SyncStatistics):
         r, d = self._clip_rate.tolist()
         return r, d
 
+    def reset_running_stats(self) -> None:
+        """As torch's; the limits are those that were set."""
+        super().reset_running_stats()
+        if "_limits" in self._buffers:  # not yet within the constructor
+            self._clip_rate.zero_()
+            self.r_max, self.d_max = self._given
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         was_meta = self._limits.is_meta
         super()._apply(fn, recurse)

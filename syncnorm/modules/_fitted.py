@@ -39,10 +39,11 @@ class Fitted(OverRanks):
         device: Any,
     ) -> None:
         super().__init__(process_group)
-        self.shape, self._names, self._is_fitted = feature_shape(shape), names, False
-        self.register_buffer("count", torch.zeros((), dtype=torch.float64, device=device))
-        for name, fill in zip(names, fills, strict=True):
-            self.register_buffer(name, torch.full(self.shape, fill, dtype=torch.float64, device=device))
+        self.shape, self._names, self._fills = feature_shape(shape), names, fills
+        self.register_buffer("count", torch.empty((), dtype=torch.float64, device=device))
+        for name in names:
+            self.register_buffer(name, torch.empty(self.shape, dtype=torch.float64, device=device))
+        self.reset_parameters()
 
     @property
     def is_fitted(self) -> bool:
@@ -74,6 +75,12 @@ class Fitted(OverRanks):
             raise
         rows = gather_rows(row, group, begin_call(self, group, row.view(1, -1)))
         return self._named(self._take, rows)
+
+    def reset_parameters(self) -> None:
+        """Forget what was fitted."""
+        for name, fill in zip(("count", *self._names), (0.0, *self._fills), strict=True):
+            self.get_buffer(name).fill_(fill)
+        self._is_fitted = False
 
     def forward(self, input: Tensor) -> Tensor:
         """Scale ``input`` by what was fitted."""

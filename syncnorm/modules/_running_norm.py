@@ -172,6 +172,10 @@ class RunningNorm(OverRanks):
             buffer.zero_()
         return self
 
+    def reset_parameters(self) -> None:
+        """As :meth:`reset`, by the name under which others look for it."""
+        self.reset()
+
     def extra_repr(self) -> str:
         """The settings."""
         frozen = ", frozen" if self.frozen else ""
