@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 import syncnorm
 from syncnorm.kernels import BACKENDS
@@ -171,3 +172,20 @@ def test_groups_are_told_without_meeting() -> None:
     assert third["pair"].startswith("outside: a training forward raises: this rank is outside the process group")
     assert first["gone"] == "world: it had 3 ranks and now there is no process group, training raises"
     assert first["named gone"].startswith("ranks [0, 1]: a training forward raises: the layer's process group '7'")
+
+
+def alone() -> list[str]:
+    net = syncnorm.convert(nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3)))
+    ddp = DistributedDataParallel(net)
+    said = syncnorm.explain(ddp, torch.zeros(4, 2)) if dist.get_rank() == 1 else ""
+    ranks = torch.ones(1)
+    dist.all_reduce(ranks)  # had rank 1 met somebody before, this would be another exchange on it
+    return [said, str(ranks.item()), str(ddp.broadcast_buffers)]
+
+
+@pytest.mark.gloo
+def test_a_rank_may_ask_alone_under_ddp() -> None:
+    first, second = run_ranks(alone, 2, timeout=30)
+    assert first == ["", "2.0", "True"]
+    assert "training over 2 ranks" in second[0]
+    assert second[1:] == first[1:]

@@ -77,3 +77,17 @@ def test_statistics_stay_float32_under_bf16(runs: list[dict[str, Any]], name: st
     assert one["state"]["net.0.weight"].dtype == (torch.bfloat16 if "true" in name else torch.float32)
     assert one["dtypes"] == {torch.float32}
     assert distance(one["state"], other["state"]) == 0
+
+
+def recalibrate_alone() -> tuple[int, list[float]]:
+    fabric = Fabric(accelerator="cpu", devices=2, strategy="ddp")
+    fabric.launch()
+    model = fabric.setup(nn.BatchNorm1d(2))
+    batches = [torch.arange(3.0)[:, None].expand(3, 2), torch.ones(3, 2)] if fabric.global_rank else []
+    samples = syncnorm.recalibrate(model, batches, None)
+    return samples, model.module.running_var.tolist()
+
+
+def test_recalibrate_where_one_rank_has_the_data() -> None:
+    # Fabric's wrapper hides DDP, whose first forward broadcasts buffers. Of 0, 1, 2, 1, 1, 1 the squares sum up to 2.
+    assert run_ranks(recalibrate_alone, 2, timeout=30) == [(6, pytest.approx([0.4, 0.4]))] * 2

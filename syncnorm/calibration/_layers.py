@@ -1,18 +1,20 @@
 """What the calibrations share: the batch norms of a model, the model within DDP, the tensor within a batch."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import fields, is_dataclass
 from typing import Any
 
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.parallel import DistributedDataParallel
 from torch.nn.parameter import is_lazy
 from torch.optim.swa_utils import AveragedModel
 
 from syncnorm.core.moments import Moments
 from syncnorm.modules import SyncStatistics
 
-__all__ = ["batch_norms", "call_with_first_tensor", "evaluated_by", "first_tensor", "unwrap"]
+__all__ = ["batch_norms", "call_with_first_tensor", "evaluated_by", "first_tensor", "unwrap", "without_broadcast"]
 
 
 def batch_norms(model: nn.Module) -> dict[str, _BatchNorm]:
@@ -45,9 +47,22 @@ def unwrap(model: nn.Module) -> nn.Module:
 
     ``AveragedModel`` hides DDP and the training flag of what it has copied, and adds nothing to its forward.
     """
-    while isinstance(model, (nn.parallel.DistributedDataParallel, AveragedModel)):
+    while isinstance(model, (DistributedDataParallel, AveragedModel)):
         model = model.module
     return model
+
+
+@contextmanager
+def without_broadcast(model: nn.Module) -> Iterator[None]:
+    """Within, no DDP in ``model``, as under Fabric's wrapper, broadcasts its buffers: a rank may call the model alone."""
+    wrappers = [m for m in model.modules() if isinstance(m, DistributedDataParallel) and m.broadcast_buffers]
+    for wrapper in wrappers:
+        wrapper.broadcast_buffers = False
+    try:
+        yield
+    finally:
+        for wrapper in wrappers:
+            wrapper.broadcast_buffers = True
 
 
 def first_tensor(batch: Any) -> Tensor | None:

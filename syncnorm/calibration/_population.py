@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from syncnorm.calibration._layers import Forward, evaluated_by, first_tensor
+from syncnorm.calibration._layers import Forward, evaluated_by, first_tensor, without_broadcast
 from syncnorm.core.features import add_moments
 from syncnorm.core.layout import flatten
 from syncnorm.core.moments import Moments, empty_moments, merge_moments
@@ -151,7 +151,12 @@ class Population:
             for name, layer in self.layers.items():
                 handles.append(layer.register_forward_pre_hook(self._hook(name), with_kwargs=True))
             # A compiled model runs as it was written: compiled code does not see hooks that came later.
-            with torch.inference_mode(False), torch.no_grad(), torch.compiler.set_stance("force_eager"):
+            with (
+                torch.inference_mode(False),
+                torch.no_grad(),
+                torch.compiler.set_stance("force_eager"),
+                without_broadcast(model),
+            ):
                 for batch, self.counts in batches:
                     x = first_tensor(batch)
                     if self.counts and x is not None and x.dim():

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from syncnorm.calibration._layers import without_broadcast
 from syncnorm.conversion._contexts import disabled
 from syncnorm.conversion._fused_forward import FusedForward
 from syncnorm.conversion._layers import display, find_layers, keeps_batch_statistics
@@ -38,7 +39,8 @@ _CHECKS = {
 def explain(module: nn.Module, x: Any = None) -> str:
     """Say which path a synchronised layer takes and why: its group, the kernel backend, the wire, the running statistics.
 
-    Only this rank is asked, so any rank may call it alone. No collective is made and no buffer moves.
+    Only this rank is asked, so any rank may call it alone. No collective is made and no buffer moves. (FSDP gathers parameters
+    when the model is run on ``x``: there all ranks call it, or none gives an input.)
 
     Args:
         module: One of our layers, or a model that contains some.
@@ -238,7 +240,7 @@ def inputs_of(model: nn.Module, layers: Sequence[nn.Module], x: Any) -> dict[int
 
     handles = [layer.register_forward_pre_hook(note, with_kwargs=True) for layer in layers]
     try:
-        with disabled(model), _evaluating(model), torch.no_grad():
+        with disabled(model), _evaluating(model), without_broadcast(model), torch.no_grad():
             call(model, x)
     finally:
         for handle in handles:
