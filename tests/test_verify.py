@@ -295,6 +295,20 @@ def test_one_wrong_value_on_one_rank_is_found(rank: int, change: dict[str, Any],
     assert wrong == ([] if row is None else [row])
 
 
+@pytest.mark.parametrize("fill", [-math.inf, torch.finfo(torch.float32).min])
+def test_what_a_mask_fills_in_is_no_difference_and_hides_none(fill: float) -> None:
+    whole = measured(outputs={"output": torch.tensor([[1.0, fill], [1.0, 1.0], [fill, 1.0]])})
+    found = [
+        dataclasses.replace(p, outputs={"output": whole.outputs["output"][n]})
+        for p, n in zip(parts(), ([0, 1], [2]), strict=True)
+    ]
+    assert all(row.ok for row in compare(whole, found, 1e-10))
+    found[0].outputs["output"] = torch.tensor([[1.0, fill], [1.0, 1.5]])
+    assert [(r.name, r.error) for r in compare(whole, found, 1e-10) if not r.ok] == [("output", 0.5)]
+    found[0].outputs["output"] = torch.tensor([[fill, fill], [1.0, 1.0]])
+    assert [r.name for r in compare(whole, found, 1e-10) if not r.ok] == ["output"]
+
+
 def test_rounding_in_a_gradient_that_is_zero_is_not_an_error() -> None:
     """The bias of a convolution in front of a batch norm has gradient 0 and comes out as 1e-17."""
     whole = measured(param_grads={"w": torch.tensor([2.0, 4.0]), "bias": torch.tensor([1e-17])})

@@ -154,11 +154,19 @@ def _error(found: Tensor | None, whole: Tensor | None, floor: float) -> float:
         return 0.0 if torch.equal(found, whole) else math.inf
     if not whole.numel() or torch.equal(found, whole):
         return 0.0
-    difference = float((found.double() - whole.double()).abs().max())
+    difference = _difference(found, whole)
     return difference / max(_largest(whole), floor) if math.isfinite(difference) else math.inf
 
 
+def _difference(found: Tensor, whole: Tensor) -> float:
+    # The same infinity, as of a mask, is no difference.
+    return float((found.double() - whole.double()).masked_fill(found == whole, 0.0).abs().max())
+
+
 def _largest(tensor: Tensor | None) -> float:
-    if tensor is None or not tensor.numel() or not tensor.is_floating_point():
+    """Of the values that say something about rounding: no infinity of a mask, nor what stands for it."""
+    if tensor is None or not tensor.is_floating_point():
         return 0.0
-    return float(tensor.abs().max().nan_to_num())
+    sizes = tensor.abs()
+    sizes = sizes[sizes < torch.finfo(tensor.dtype).max / 2]
+    return float(sizes.max()) if sizes.numel() else 0.0
