@@ -39,6 +39,7 @@ class Job:
         splits: Samples per rank.
         reference: Whether this is the one process that the ranks are compared to.
         outputs: Outputs that carry the batch, as the reference found them.
+        nudge: If not 0, a seed by which the last bits of parameters and input are changed.
     """
 
     folder: str
@@ -49,6 +50,7 @@ class Job:
     splits: tuple[int, ...]
     reference: bool
     outputs: tuple[str, ...]
+    nudge: int = 0
 
 
 @dataclass
@@ -89,6 +91,8 @@ def measure(job: Job) -> Measured:
     input = pickle.loads((Path(job.folder) / "input.pickle").read_bytes())  # written by verify a moment ago
     model = _build(job)
     given = map_tensors(lambda tensor: _prepare(tensor, job, shard), input)
+    if job.nudge:
+        _nudge([*model.parameters(), *(tensor for _, tensor in leaves(given))], job.nudge)
     layers: list[tuple[str, Tensor]] = []
     torch.manual_seed(2)
     with _recording(model, job.splits[rank], layers):
@@ -140,6 +144,16 @@ def _prepare(tensor: Tensor, job: Job, shard: slice) -> Tensor:
     if not tensor.dim() or tensor.size(0) != job.batch:
         return tensor
     return tensor[shard].clone().requires_grad_(tensor.is_floating_point())
+
+
+@torch.no_grad()
+def _nudge(tensors: list[Tensor], seed: int) -> None:
+    """Move every value by its last bit, up or down: what changes by that is rounding."""
+    generator = torch.Generator().manual_seed(seed)
+    for tensor in tensors:
+        if tensor.is_floating_point():
+            signs = torch.randint(0, 2, tensor.shape, generator=generator).to(tensor.dtype) * 2 - 1
+            tensor.mul_(1 + torch.finfo(tensor.dtype).eps * signs)
 
 
 @contextmanager

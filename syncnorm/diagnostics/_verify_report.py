@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -11,7 +11,7 @@ from syncnorm.conversion._layers import display
 from syncnorm.conversion._table import Report, Table
 from syncnorm.diagnostics._measure import Measured
 
-__all__ = ["VerifyReport", "VerifyRow", "compare"]
+__all__ = ["VerifyReport", "VerifyRow", "compare", "forgive_rounding"]
 
 _LAYER = "layer output"
 
@@ -24,14 +24,17 @@ class VerifyRow:
         kind: ``"layer output"``, ``"output"``, ``"input gradient"``, ``"parameter gradient"`` or ``"buffer"``.
         name: Qualified name or path.
         error: Largest difference, relative to the largest value of the tensor (at least to a tenth of the largest of
-            its kind); infinite where shapes, counters or the presence of a gradient differ.
-        ok: Whether that is within the tolerance.
+            its kind; as it is, where all are zero); infinite where shapes, counters or the presence of a gradient differ.
+        ok: Whether that is within the tolerance, or ``rounding``.
+        rounding: Whether it is above the tolerance, and no more than what a change of the last bits of parameters and input
+            makes in one process.
     """
 
     kind: str
     name: str
     error: float
     ok: bool
+    rounding: bool = False
 
 
 @dataclass(frozen=True)
@@ -115,6 +118,24 @@ def compare(reference: Measured, parts: list[Measured], tolerance: float) -> lis
     return rows
 
 
+def forgive_rounding(rows: list[VerifyRow], nudged: list[list[VerifyRow]]) -> list[VerifyRow]:
+    """Accept differences of the size of rounding.
+
+    Args:
+        rows: Comparison of ranks with one process.
+        nudged: Comparisons of that process, its parameters and input changed in the last bit, with itself.
+
+    Returns:
+        The rows. What differs by at most 100 times what the changes made is ``ok``: ranks add up in another order, and with
+        other operations.
+    """
+    made: dict[tuple[str, str], float] = {}
+    for row in (row for comparison in nudged for row in comparison if math.isfinite(row.error)):
+        made[row.kind, row.name] = max(row.error, made.get((row.kind, row.name), 0.0))
+    forgiven = [not row.ok and row.error <= 100 * made.get((row.kind, row.name), 0.0) for row in rows]
+    return [replace(row, ok=True, rounding=True) if yes else row for row, yes in zip(rows, forgiven, strict=True)]
+
+
 _Pairs = list[tuple[str, list[Tensor | None], Tensor | None]]
 
 
@@ -154,8 +175,8 @@ def _error(found: Tensor | None, whole: Tensor | None, floor: float) -> float:
         return 0.0 if torch.equal(found, whole) else math.inf
     if not whole.numel() or torch.equal(found, whole):
         return 0.0
-    difference = _difference(found, whole)
-    return difference / max(_largest(whole), floor) if math.isfinite(difference) else math.inf
+    difference, scale = _difference(found, whole), max(_largest(whole), floor)
+    return difference / (scale or 1.0) if math.isfinite(difference) else math.inf
 
 
 def _difference(found: Tensor, whole: Tensor) -> float:
