@@ -12,6 +12,8 @@ import torch.distributed as dist
 from torch import nn
 
 import syncnorm
+from syncnorm.functional import sync_batch_norm
+from syncnorm.modules import EvoNormB0, SwitchableNorm2d
 from syncnorm.testing import run_ranks
 
 CASES: dict[str, tuple[Any, str]] = {
@@ -146,6 +148,86 @@ def test_a_backend_that_refuses_on_one_rank_is_told_to_the_others(make: Any) -> 
     assert first[0] == "SyncNormMismatch" and "1 of 2 ranks refused their input to this call (ranks [1]" in first[1]
     assert second[0] == "SyncNormError" and "backend='triton' was asked for and cannot run" in second[1]
     assert first[2] == second[2] == []
+
+
+FAMILIES: dict[str, Callable[[], nn.Module]] = {
+    "sync batch norm": lambda: syncnorm.SyncBatchNorm2d(3),
+    "the walk of several calls": lambda: syncnorm.SyncBatchNorm2d(3, on_nonfinite="raise"),
+    "batch renorm": lambda: syncnorm.BatchRenorm2d(3),
+    "moving averages": lambda: syncnorm.MovingAverageBatchNorm2d(3),
+    "ghosts of a rank": lambda: syncnorm.GhostBatchNorm2d(3, 2),
+    "a ghost of two ranks": lambda: syncnorm.GhostBatchNorm2d(3, 8),
+    "masked": lambda: _Masked(),
+    "switchable": lambda: SwitchableNorm2d(3),
+    "evo norm": lambda: EvoNormB0(3),
+}
+
+
+class _Masked(syncnorm.SyncBatchNorm2d):
+    def __init__(self) -> None:
+        super().__init__(3)
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+        return super().forward(input, mask=torch.ones(input.size(0)))
+
+
+def _failure_of_one(where: str, check: str, families: list[str]) -> list[tuple[str, list[str]]]:
+    syncnorm.set_check(check)
+    told = []
+    for layer in (FAMILIES[family]() for family in families):
+        x = torch.randn(4, 3, 2, 2, requires_grad=True)
+        layer(x)
+        before = {name: value.clone() for name, value in layer.state_dict().items()}
+        inner = x * 1.0
+        # Floating point, which is all that can be said of it before it is computed with.
+        shard = x.detach().to(torch.float8_e4m3fn) if where == "forward" and dist.get_rank() else inner
+        if where == "forward":
+            with pytest.raises(RuntimeError) as caught:
+                layer(shard)
+        else:
+            loss = layer(shard).square().sum()
+            before = {name: value.clone() for name, value in layer.state_dict().items()}
+            if dist.get_rank():
+                inner.detach().add_(1)  # what the backward needs is gone
+            with pytest.raises(RuntimeError) as caught:
+                loss.backward()
+        changed = [name for name, value in layer.state_dict().items() if not torch.equal(value, before[name])]
+        told.append((f"{type(caught.value).__name__} {caught.value}", changed))
+        layer(x).sum().backward()  # nobody is out of step
+    return told
+
+
+@pytest.mark.gloo
+@pytest.mark.parametrize(
+    ("where", "check", "families"),
+    [
+        ("forward", "inline", list(FAMILIES)),
+        ("forward", "off", ["sync batch norm", "batch renorm", "switchable"]),
+        ("backward", "inline", list(FAMILIES)[:4]),
+    ],
+)
+def test_what_fails_on_one_rank_before_ranks_meet_is_told_to_the_others(
+    where: str, check: str, families: list[str]
+) -> None:
+    per_rank = run_ranks(_failure_of_one, 2, where, check, families, group_timeout=10.0)
+    for family, (first, changed), (second, changed_too) in zip(families, *per_rank, strict=True):
+        assert first.startswith("SyncNormMismatch") and "1 of 2 ranks refused their input to this call" in first, family
+        assert check == "off" or "(ranks [1], at " in first
+        assert where == "forward" or "modified by an inplace operation" in second
+        assert "SyncNorm" not in second and changed == changed_too == []
+
+
+@pytest.mark.gloo
+def test_an_unknown_activation_of_one_rank_is_told_to_the_others() -> None:
+    first, second = run_ranks(_activation_of_one, 2)
+    assert "1 of 2 ranks refused their input to this call" in first
+    assert second.startswith("activation must be None or one of ")
+
+
+def _activation_of_one() -> str:
+    with pytest.raises((ValueError, syncnorm.SyncNormMismatch)) as caught:
+        sync_batch_norm(torch.randn(4, 3), None, None, training=True, activation="tan" if dist.get_rank() else "relu")
+    return str(caught.value)
 
 
 def _one_value() -> tuple[str, list[str]]:

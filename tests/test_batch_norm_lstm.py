@@ -237,6 +237,37 @@ def test_a_rank_that_refuses_its_input_lets_nobody_wait() -> None:
     assert second.startswith("BatchNormLSTM(2, 3) expects 2 features in the last dim, got an input [3, 2, 3]")
 
 
+def _one_rank_fails(where: str) -> tuple[str, str]:
+    lstm, x = BatchNormLSTM(2, H, max_length=3), torch.randn(3, 2, 2)
+    state = torch.zeros(1, 2, H)
+    if dist.get_rank():
+        x = x.double() if where == "before ranks meet" else x
+        state = state.double() if where == "state" else state
+        if where == "between two steps":
+            lstm.weight_ih_l0.data = lstm.weight_ih_l0.data.double()
+    with pytest.raises((ValueError, RuntimeError)) as caught:
+        lstm(x, (state, state))
+    if where != "between two steps":
+        assert not lstm.num_batches_tracked_l0.any()
+    lstm.float()(torch.randn(3, 2, 2))  # nobody is out of step
+    return type(caught.value).__name__, str(caught.value)
+
+
+@pytest.mark.gloo
+@pytest.mark.parametrize(
+    ("where", "kind", "words"),
+    [
+        ("before ranks meet", "ValueError", "has weights of torch.float32, got an input of torch.float64. Convert"),
+        ("state", "ValueError", "has weights of torch.float32, got an h_0 of torch.float64. Convert"),
+        ("between two steps", "RuntimeError", "dtype"),
+    ],
+)
+def test_a_failure_on_one_rank_lets_nobody_wait(where: str, kind: str, words: str) -> None:
+    first, second = run_ranks(_one_rank_fails, 2, where, group_timeout=10.0)
+    assert first[0] == "SyncNormMismatch" and "1 of 2 ranks refused their input to this call" in first[1]
+    assert second[0] == kind and words in second[1]
+
+
 def test_no_stats_update_normalises_by_the_batch_and_moves_nothing() -> None:
     lstm, twin, x = randomised(), randomised(), torch.randn(3, 4, 2, dtype=torch.float64)
     before = copy.deepcopy(lstm.state_dict())

@@ -6,6 +6,7 @@ Only where they do not, they tell each other through the store who is where, and
 
 # R ranks, n words of payload
 
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -22,10 +23,22 @@ from syncnorm.distributed.watch import is_watching, sum_watched
 from syncnorm.distributed.wire import sum_row
 from syncnorm.errors import SyncNormMismatch, SyncNormPeerLost, SyncNormTimeout
 
-__all__ = ["POISON", "dismiss", "meet", "stand_in", "sum_traced"]
+__all__ = ["POISON", "dismiss", "meet", "num_begun", "stand_in", "sum_traced"]
 
 _DISMISSED = -1.0  # in place of a length: those who stand in need not any longer
 _NOWHERE = Call("", 0, 0, 0, None)
+
+
+class _Own(threading.local):
+    begun = 0
+
+
+_own = _Own()
+
+
+def num_begun() -> int:
+    """Exchanges that this thread has come to, over any group."""
+    return _own.begun
 
 
 def meet(
@@ -129,6 +142,7 @@ def _nothing(device: torch.device) -> Sums:
 
 def _sum(row: Tensor, group: Group, place: Callable[[], str]) -> Tensor:
     """Sum the row, and say where this rank is if somebody does not come."""
+    _own.begun += 1
     return observed(row, _carry, row, group, place)
 
 

@@ -89,11 +89,15 @@ def _sum(sums: Sums, group: Group, call: Call | None, direction: str, word: floa
     return met
 
 
-def send_poison(num_features: int, device: torch.device, group: Group, call: Call | None = None) -> None:
-    """Meet the other ranks in place of a forward that this rank refuses, so that they raise and do not wait.
+def send_poison(
+    num_features: int, device: torch.device, group: Group, call: Call | None = None, direction: str = "forward"
+) -> None:
+    """Meet the other ranks in place of an exchange that this rank refuses, so that they raise and do not wait.
 
-    This rank raises an error of its own afterwards.
+    This rank raises an error of its own afterwards. A backward of ranks that do not compare has no room for such a word.
     """
+    if call is None and direction != "forward":
+        return
     row = torch.zeros(2 * num_features + 1, dtype=torch.float64, device=device)
     with suppress(SyncNormMismatch):  # it is this rank that refused
-        meet(Sums(row), group, call, "forward", POISON)
+        meet(Sums(row), group, call, direction, POISON)

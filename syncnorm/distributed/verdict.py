@@ -87,7 +87,7 @@ def compare_later(words: Tensor, group: Group, place: str, ledger: Ledger) -> No
         if answer.refused or answer.with_backward not in (0, answer.ranks):
             raise SyncNormMismatch(
                 f"exchange #{exchange}, in {then}: ranks disagreed on whether a backward follows, or one of them refused its "
-                "input. Found out later, to keep the device from waiting."
+                "input or failed. Found out later, to keep the device from waiting."
             )
 
 
@@ -118,8 +118,8 @@ def check_word(answer: Answer, group: Group, word: float, place: str | None) -> 
 
     if answer.refused:
         raise SyncNormMismatch(
-            f"{answer.refused} of {group.size} ranks refused their input to this call{named(POISON)} and raised an error of "
-            "their own; look there for the cause. Nothing was changed on this rank."
+            f"{answer.refused} of {group.size} ranks refused their input to this call{named(POISON)}, or failed in it, and "
+            "raised an error of their own; look there for the cause. Nothing was changed on this rank."
         )
     others = f"ranks {ranks(0)}" if notes else "the others"
     raise SyncNormMismatch(

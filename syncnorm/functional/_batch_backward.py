@@ -16,7 +16,7 @@ from syncnorm.core.layout import accumulate_dtype, channel_view, flatten, flatte
 from syncnorm.core.moments import at_least_one
 from syncnorm.distributed.exchange import exchange_means
 from syncnorm.errors import SyncNormError
-from syncnorm.functional._walk import Walk, empty_after
+from syncnorm.functional._walk import Walk, empty_after, tells
 from syncnorm.kernels import choose
 
 __all__ = ["Backward", "batch_backward"]
@@ -92,6 +92,7 @@ class Backward(Function):
         ctx.walk = walk
 
     @staticmethod
+    @tells("second backward", lambda ctx, *_: ctx.walk)
     def backward(ctx: Any, v: Tensor | None, a: Tensor, b: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         with torch.no_grad():
             gradients = Backward._second(ctx, v, a, b)

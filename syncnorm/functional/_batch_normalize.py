@@ -28,7 +28,7 @@ from syncnorm.functional._checkpoint import (
 )
 from syncnorm.functional._nonfinite import refuse_nonfinite
 from syncnorm.functional._one_value import ONE_VALUE, refuse_one_value
-from syncnorm.functional._walk import Walk, apply_function, empty_after, moments_of_none
+from syncnorm.functional._walk import Walk, apply_function, empty_after, moments_of_none, tells
 from syncnorm.functional._whole import whole_backward, whole_forward
 from syncnorm.kernels import choose
 from syncnorm.kernels.vectors import inverse_std, update_running
@@ -80,6 +80,7 @@ def batch_normalize_and_moments(
 
 class _Normalize(Function):
     @staticmethod
+    @tells("forward", lambda *arguments: arguments[4])
     def forward(
         x: Tensor,
         weight: Tensor | None,
@@ -142,6 +143,7 @@ class _Normalize(Function):
         ctx.walk = walk
 
     @staticmethod
+    @tells("backward", lambda ctx, *_: ctx.walk)
     def backward(ctx: Any, grad: Tensor | None, *_unused: None) -> tuple[Tensor | None, ...]:
         x, weight, bias, side, mean, m2, rstd, count, *correction = ctx.saved_tensors
         walk: Walk = ctx.walk

@@ -94,7 +94,7 @@ def ghost_batch_norm(
         output, moments = normalize_ghosts(input, sizes, weight, bias, walk)
     except (SyncNormPeerLost, SyncNormTimeout):
         raise  # nobody is left to tell
-    except Exception:
+    except (ValueError, TypeError, RuntimeError):
         if tracks:  # the other ghosts go on to the running statistics
             tell_others(input, ranks, num_features, site)
         raise

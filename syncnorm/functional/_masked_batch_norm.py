@@ -5,7 +5,7 @@ from torch import Tensor
 
 from syncnorm.core.layout import accumulate_dtype
 from syncnorm.core.running import RunningStatistics
-from syncnorm.functional._nonfinite import OnNonFinite
+from syncnorm.functional._nonfinite import OnNonFinite, check_policy
 from syncnorm.functional._samples import beside
 from syncnorm.functional._sync_batch_norm import enter, evaluate, tell_others, validate
 from syncnorm.functional._sync_moments import sync_moments
@@ -74,8 +74,12 @@ def masked_batch_norm(
         return evaluate(input, running_mean, running_var, weight, bias, eps)
     ranks = enter(input, eps, group, num_features, input_dims, site)
     try:
+        check_policy(on_nonfinite)
         weights = _weights(input, mask)
-    except (ValueError, TypeError):
+        # What is not finite and does not count: its gradient, though multiplied by 0, would make γ's NaN.
+        counts = (weights > 0) | input.isfinite()
+        x = torch.where(counts, input, 0.0)
+    except (ValueError, TypeError, RuntimeError):
         tell_others(input, ranks, site=site)
         raise
     running = None
@@ -84,9 +88,6 @@ def masked_batch_norm(
             running_mean, running_var, num_batches_tracked, momentum, pending, accumulate,
             skip_nonfinite=on_nonfinite == "skip_update",
         )  # fmt: skip
-    # What is not finite and does not count: its gradient, though multiplied by 0, would make γ's NaN.
-    counts = (weights > 0) | input.isfinite()
-    x = torch.where(counts, input, 0.0)
     mean, var = sync_moments(
         x, ranks, weights=weights, running=running, site=site, refuse_one_value=True,
         refuses_nonfinite=on_nonfinite == "raise",

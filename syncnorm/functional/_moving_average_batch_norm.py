@@ -26,7 +26,7 @@ from syncnorm.functional._checkpoint import (
     unseen_by_selective_checkpointing,
 )
 from syncnorm.functional._sync_batch_norm import enter, evaluate, needs_grad, validate
-from syncnorm.functional._walk import Walk, apply_function, empty_after, moments_of_none
+from syncnorm.functional._walk import Walk, apply_function, empty_after, moments_of_none, tells
 from syncnorm.kernels import choose
 
 __all__ = ["moving_average_batch_norm"]
@@ -120,6 +120,7 @@ class _State(NamedTuple):
 
 class _Normalize(Function):
     @staticmethod
+    @tells("forward", lambda *arguments: arguments[3])
     def forward(x: Tensor, weight: Tensor | None, bias: Tensor | None, walk: Walk, state: _State) -> tuple[Any, ...]:
         recomputing = is_recomputing()
         flat = flatten(x) if x.numel() else x
@@ -159,6 +160,7 @@ class _Normalize(Function):
         ctx.bias_dtype = None if bias is None else bias.dtype
 
     @staticmethod
+    @tells("backward", lambda ctx, *_: ctx.walk)
     def backward(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
         x, weight, centre, rstd, r, count = ctx.saved_tensors
         grad = torch.zeros_like(x) if grad is None else grad

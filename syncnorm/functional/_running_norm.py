@@ -78,10 +78,10 @@ def update_running_moments(
     ranks = group if isinstance(group, Group) else resolve(group_spec(group))
     try:
         check_features(input, mean.shape)
-    except (ValueError, TypeError):
+        local = feature_moments(input.detach().double().reshape(-1, mean.numel()))
+    except (ValueError, TypeError, RuntimeError):
         send_refusal(2 * mean.numel() + 1, mean.device, ranks)
         raise
-    local = feature_moments(input.detach().double().reshape(-1, mean.numel()))
     merge_running_moments(local, count, mean, m2, group=ranks, site=site)
 
 

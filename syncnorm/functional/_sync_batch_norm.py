@@ -107,14 +107,16 @@ def sync_batch_norm(
     if num_features is None:
         known = running_mean if running_mean is not None else weight
         num_features = None if known is None else known.numel()
-    act = find_activation(activation, negative_slope)
-    check_policy(on_nonfinite)
     if not training:
+        act = find_activation(activation, negative_slope)
+        check_policy(on_nonfinite)
         validate(input, num_features, input_dims)
         check_residual(input, residual)
         return evaluate(input, running_mean, running_var, weight, bias, eps, residual, act)
     ranks = enter(input, eps, group, num_features, input_dims, site, backend)
     try:
+        act = find_activation(activation, negative_slope)
+        check_policy(on_nonfinite)
         check_residual(input, residual)
         if memory_efficient:
             check_invertible(weight, bias, residual, act)

@@ -27,8 +27,8 @@ from syncnorm.functional._checkpoint import (
 from syncnorm.functional._nonfinite import refuse_nonfinite
 from syncnorm.functional._one_value import ONE_VALUE, refuse_one_value
 from syncnorm.functional._samples import beside, instance_moments
-from syncnorm.functional._sync_batch_norm import needs_grad
-from syncnorm.functional._walk import moments_of_none
+from syncnorm.functional._sync_batch_norm import needs_grad, tell_others
+from syncnorm.functional._walk import moments_of_none, tells
 from syncnorm.kernels import choose
 
 __all__ = ["SampleAndBatch", "sample_and_batch_moments", "sync_moments"]
@@ -74,12 +74,12 @@ def sync_moments(
         ValueError: On every rank, for a single value with ``refuse_one_value``; nothing has been changed then.
         SyncNormMismatch: If ranks disagree on the backward to come, or another rank refused its input.
     """
-    met = None if torch.compiler.is_compiling() else begin_call(site, group, x)
-    call = _Call(group, size, needs_grad(x, within), site, refuse_one_value, refuses_nonfinite, met)
+    call = None if torch.compiler.is_compiling() else begin_call(site, group, x)
+    walk = _Walk(group, size, needs_grad(x, within), site, refuse_one_value, refuses_nonfinite, call)
     if not torch.compiler.is_compiling():
-        mean, var, _ = _SyncMoments.apply(x, within, weights, call, running)  # type: ignore[no-untyped-call]
+        mean, var, _ = _SyncMoments.apply(x, within, weights, walk, running)  # type: ignore[no-untyped-call]
         return mean, var
-    mean, var, count = _SyncMoments.apply(x, within, weights, call, None)  # type: ignore[no-untyped-call]
+    mean, var, count = _SyncMoments.apply(x, within, weights, walk, None)  # type: ignore[no-untyped-call]
     if refuse_one_value and count_per_channel(x) * size <= 1 and isinstance(count, Tensor):
         torch._assert_async(count != 1, ONE_VALUE)
     if running is not None:
@@ -117,7 +117,12 @@ def sample_and_batch_moments(
         site: As in :func:`sync_moments`.
         refuse_one_value: As in :func:`sync_moments`.
     """
-    sample_mean, sample_var = instance_moments(input)
+    try:
+        sample_mean, sample_var = instance_moments(input)
+    except RuntimeError:
+        if training:
+            tell_others(input, group, site=site)
+        raise
     if not training and running.mean is not None and running.var is not None:
         mean, var = running.mean, running.var
     else:
@@ -133,37 +138,38 @@ def sample_and_batch_moments(
     return SampleAndBatch(sample_mean, sample_var, mean.to(sample_mean.dtype), var.to(sample_mean.dtype))
 
 
-class _Call(NamedTuple):
+class _Walk(NamedTuple):
     group: Group
     size: int
     needs_backward: bool
     site: object
     refuse_one_value: bool
     refuses_nonfinite: bool = False
-    met: Call | None = None
+    call: Call | None = None
 
 
 class _SyncMoments(Function):
     @staticmethod
+    @tells("forward", lambda *arguments: arguments[3])
     def forward(
         x: Tensor,
         within: Tensor | None,
         weights: Tensor | None,
-        call: _Call,
+        walk: _Walk,
         running: RunningStatistics | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         recomputing = is_recomputing()
         with unseen_by_selective_checkpointing():
-            moments, _ = (recall_call(call.site, call.met) if recomputing else None) or (None, ())
+            moments, _ = (recall_call(walk.site, walk.call) if recomputing else None) or (None, ())
             if moments is None:
-                local = _local_moments(x, within, weights, call)
-                moments = exchange_moments(local, call.group, needs_backward=call.needs_backward, call=call.met)
-                if call.refuse_one_value:
+                local = _local_moments(x, within, weights, walk)
+                moments = exchange_moments(local, walk.group, needs_backward=walk.needs_backward, call=walk.call)
+                if walk.refuse_one_value:
                     refuse_one_value(moments.count, local.count)
-                if call.refuses_nonfinite:
-                    refuse_nonfinite(local, moments, call.group)
+                if walk.refuses_nonfinite:
+                    refuse_nonfinite(local, moments, walk.group)
             if not recomputing and not torch.compiler.is_compiling():
-                remember_call(call.site, call.met, (moments, ()))
+                remember_call(walk.site, walk.call, (moments, ()))
                 if running is not None:
                     update_running(running, moments)
             count = moments.count
@@ -174,20 +180,21 @@ class _SyncMoments(Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
-        x, within, weights, ctx.call, _ = inputs
+        x, within, weights, ctx.walk, _ = inputs
         mean, _, count = output
         ctx.mark_non_differentiable(count)
         ctx.within_dtype = None if within is None else within.dtype
         ctx.save_for_backward(x, mean, count, weights)
 
     @staticmethod
+    @tells("backward", lambda ctx, *_: ctx.walk)
     def backward(ctx: Any, grad_mean: Tensor, grad_var: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         # Differentiable operations only, and the saved mean leads back into this very node: its own derivative, and the
         # next one, follow of themselves.
         x, mean, count, weights = ctx.saved_tensors
-        call: _Call = ctx.call
-        sums = _sum_over_ranks(torch.stack([grad_mean, grad_var]), call.group, call.met)
-        scaled = (sums * (call.size / at_least_one(count))).to(accumulate_dtype(x.dtype))
+        walk: _Walk = ctx.walk
+        sums = _sum_over_ranks(torch.stack([grad_mean, grad_var]), walk.group, walk.call)
+        scaled = (sums * (walk.size / at_least_one(count))).to(accumulate_dtype(x.dtype))
         to_mean, to_var = (beside(row, x) for row in scaled.unbind(0))
         centred = x.to(scaled.dtype) - beside(mean.to(scaled.dtype), x)
         dx = to_mean + 2 * to_var * centred
@@ -221,15 +228,15 @@ def _sum_over_ranks(row: Tensor, group: Group, call: Call | None) -> Tensor:
     return exchange_sums(row, group, call)
 
 
-def _local_moments(x: Tensor, within: Tensor | None, weights: Tensor | None, call: _Call) -> Moments:
-    if not x.numel() or not call.size:
+def _local_moments(x: Tensor, within: Tensor | None, weights: Tensor | None, walk: _Walk) -> Moments:
+    if not x.numel() or not walk.size:
         return moments_of_none(x)
     if weights is not None:
         return _weighted_moments(x, weights)
     count, mean, m2 = choose("auto", x).batch_moments(flatten(x))
     if within is not None:
         m2 = m2 + within.transpose(0, 1).flatten(1).sum(1, dtype=torch.float64)
-    return Moments(count * call.size, mean, m2 * call.size)
+    return Moments(count * walk.size, mean, m2 * walk.size)
 
 
 def _weighted_moments(x: Tensor, weights: Tensor) -> Moments:

@@ -1,6 +1,9 @@
 """What one call of a synchronised norm needs beside its tensors, and how its autograd functions are called."""
 
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from contextlib import suppress
+from functools import wraps
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -9,10 +12,15 @@ from torch.autograd import Function
 from syncnorm.core.activation import Activation
 from syncnorm.core.moments import Moments
 from syncnorm.core.renorm import RenormLimits
+from syncnorm.distributed.agreement import num_begun
+from syncnorm.distributed.exchange import send_poison
 from syncnorm.distributed.groups import Group
 from syncnorm.distributed.ledger import Call
 
-__all__ = ["Walk", "apply_function", "empty_after", "moments_of_none"]
+__all__ = ["Walk", "apply_function", "empty_after", "moments_of_none", "tells", "was_told"]
+
+_TOLD = "_told_to_ranks"
+_Function = TypeVar("_Function", bound=Callable[..., Any])
 
 
 class Walk(NamedTuple):
@@ -56,6 +64,41 @@ def apply_function(function: type[Function], *arguments: Any) -> Any:
     if torch._C._are_functorch_transforms_active():
         return function.apply(*arguments)
     return super(Function, function).apply(*arguments)  # type: ignore[misc]
+
+
+def tells(direction: str, find: Callable[..., Any]) -> Callable[[_Function], _Function]:
+    """Decorate a direction of an autograd function: what fails in it before ranks meet is told to those who wait there.
+
+    Args:
+        direction: As in :func:`syncnorm.distributed.agreement.meet`.
+        find: Of its arguments what has the ``group`` that meets, and the ``call``.
+    """
+
+    def decorate(function: _Function) -> _Function:
+        @wraps(function)
+        def telling(*arguments: Any) -> Any:
+            if torch.compiler.is_compiling():
+                return function(*arguments)
+            before = num_begun()
+            try:
+                return function(*arguments)
+            except Exception as error:
+                walk, x = find(*arguments), next((a for a in arguments if isinstance(a, Tensor)), None)
+                if num_begun() == before and walk.group.size > 1 and x is not None:
+                    error.__dict__[_TOLD] = True
+                    with suppress(RuntimeError):  # what failed first says more
+                        num_features = x.size(1) if direction == "forward" else 0
+                        send_poison(num_features, x.device, walk.group, walk.call, direction)
+                raise
+
+        return telling  # type: ignore[return-value]
+
+    return decorate
+
+
+def was_told(error: BaseException) -> bool:
+    """Whether the other ranks know of it, by :func:`tells`."""
+    return _TOLD in error.__dict__
 
 
 def empty_after(vector: Tensor, x: Tensor) -> Tensor:

@@ -7,9 +7,13 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
+from syncnorm.distributed.exchange import send_poison
 from syncnorm.distributed.gather import send_refusal
 from syncnorm.distributed.groups import LOCAL
+from syncnorm.distributed.ledger import begin_call
+from syncnorm.errors import SyncNormError
 from syncnorm.functional._batch_norm_lstm import BatchNorms, agree_on_steps
+from syncnorm.functional._walk import was_told
 from syncnorm.kernels import BACKENDS
 from syncnorm.modules._lstm import NormLSTM
 from syncnorm.modules._over_ranks import OverRanks
@@ -113,10 +117,16 @@ class BatchNormLSTM(OverRanks, NormLSTM):
         self._met = False
         try:
             return super().forward(input, hx)
-        except (ValueError, TypeError):
-            if self.training and not self._met and not torch.compiler.is_compiling():
+        except SyncNormError:
+            raise  # all ranks have it, or have been told
+        except (ValueError, TypeError, RuntimeError) as error:
+            if self.training and not torch.compiler.is_compiling():
                 device = input.data.device if isinstance(input, PackedSequence) else input.device
-                send_refusal(1, device, self._group())
+                group = self._group()
+                if not self._met:
+                    send_refusal(1, device, group)
+                elif isinstance(error, RuntimeError) and not was_told(error):  # between the exchanges of two steps
+                    send_poison(0, device, group, begin_call(self, group, self.get_buffer("running_mean_l0")), "step")
             raise
 
     def reset_parameters(self) -> None:

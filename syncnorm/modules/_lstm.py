@@ -163,6 +163,15 @@ class NormLSTM(nn.Module):
             raise ValueError(
                 f"{self._name()} expects {self.input_size} features in the last dim, got an input {list(input.shape)}."
             )
+        self._check_dtype("input", input)
+
+    def _check_dtype(self, what: str, tensor: Tensor) -> None:
+        wanted = self.weight_hh_l0.dtype
+        if tensor.dtype != wanted and not torch.is_autocast_enabled(tensor.device.type):
+            raise ValueError(
+                f"{self._name()} has weights of {wanted}, got an {what} of {tensor.dtype}. Convert one of them, for example "
+                f"with {what}.to({wanted})."
+            )
 
     def _state(self, hx: State | None, input: Tensor, samples: int, *, batched: bool) -> State:
         layers = self.num_layers * (2 if self.bidirectional else 1)
@@ -176,6 +185,7 @@ class NormLSTM(nn.Module):
         for name, part in zip(("h_0", "c_0"), hx, strict=True):
             if list(part.shape) != wanted:
                 raise ValueError(f"{self._name()} expects {name} of shape {wanted}, got {list(part.shape)}.")
+        self._check_dtype("h_0", hx[0])
         return hx if batched else (hx[0].unsqueeze(1), hx[1].unsqueeze(1))
 
     def _name(self) -> str:
