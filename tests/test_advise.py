@@ -156,6 +156,42 @@ def test_noise_and_gap_are_those_of_the_formula() -> None:
     assert row.gap == pytest.approx(np.mean(np.sqrt(((evaluated - trained) ** 2).mean(1))), rel=1e-9)
 
 
+class Pyramid(nn.Module):
+    """One norm for two levels, of which the second is another kind of input; the second level may be missing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm1d(3, dtype=torch.float64)
+        self.never = nn.BatchNorm1d(2, track_running_stats=False)
+
+    def forward(self, x: Tensor) -> None:
+        self.norm(x[:, :3])
+        if len(x) != 4:
+            self.norm(x[:, 3:])
+
+
+def test_the_turns_of_a_shared_layer_are_statistics_of_their_own() -> None:
+    generator = torch.Generator().manual_seed(4)
+    parts = [torch.randn(n, 6, generator=generator, dtype=torch.float64) for n in (3, 4, 2, 5)]
+    for part in parts:
+        part[:, 3:] = part[:, 3:] * 2 + 50
+    shared, never = syncnorm.advise(Pyramid(), parts, ranks=2).rows
+
+    between, total, gaps, values = np.zeros(3), np.zeros(3), np.zeros(3), 0
+    for level, seen in ((slice(0, 3), parts), (slice(3, 6), [part for part in parts if len(part) != 4])):
+        whole = torch.cat(seen)[:, level].numpy()
+        mean, sigma = whole.mean(0), np.sqrt(whole.var(0) + 1e-5)
+        between += sum(len(part) * (part[:, level].numpy().mean(0) - mean) ** 2 for part in seen)
+        total += ((whole - mean) ** 2).sum(0)
+        gaps += ((whole / np.sqrt(1 + 1e-5) - (whole - mean) / sigma) ** 2).sum(0)
+        values += len(whole)
+    assert shared.noise == pytest.approx(np.mean(between / total), rel=1e-10)
+    assert shared.independent == pytest.approx(1 / np.mean(between / total * 7 / 5), rel=1e-10)
+    assert (shared.samples, shared.gap) == (values / 7, pytest.approx(np.mean(np.sqrt(gaps / values)), rel=1e-9))
+    assert shared.exchanges == 4, "forward and backward of both calls"
+    assert (never.noise, never.gap, never.exchanges) == (None, None, 0)
+
+
 def test_a_layers_noise_is_not_hidden_by_the_layers_before_it() -> None:
     advice = syncnorm.advise(mlp(), digits()[0].split(4), None)
     for row in advice.rows:  # were each batch normalised by itself, layers behind the first would show 0.4 %
@@ -303,6 +339,17 @@ def test_ranks_with_different_numbers_of_batches_are_one() -> None:
     # the digit; the others see inputs scaled a little otherwise.
     alone = str(syncnorm.advise(mlp(16), parts, ranks=8, ranks_per_node=8)).splitlines()
     assert rows[0] == alone[0] and rows[2] == alone[2]
+
+
+def pyramid_over_ranks(splits: list[list[Tensor]]) -> str:
+    return str(syncnorm.advise(Pyramid(), splits[dist.get_rank()], ranks=8, ranks_per_node=8))
+
+
+@pytest.mark.gloo
+def test_ranks_may_have_seen_different_turns() -> None:
+    parts = [torch.randn(n, 6, dtype=torch.float64) for n in (4, 4, 3, 5)]
+    alone = str(syncnorm.advise(Pyramid(), parts, ranks=8, ranks_per_node=8))
+    assert run_ranks(pyramid_over_ranks, 3, [parts[:2], parts[2:], []]) == [alone] * 3
 
 
 def costs(widths: list[int], check: str) -> tuple[tuple[int, int], tuple[int, int], str]:

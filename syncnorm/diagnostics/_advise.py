@@ -1,15 +1,15 @@
 """Does this model need synchronised statistics, or another norm? Measured on its own batches, layer by layer.
 
 The model runs as for precise batch norm, in evaluation mode, so that nothing random happens and nothing has to meet; what
-ranks saw is merged in one gather at the end.
+ranks saw is merged at the end. A layer that is called several times in a forward has statistics of each of its turns.
 """
 
-# L layers, C channels of all layers together, R ranks
+# L layers, C channels of all layers together, R ranks, T turns
 
 import math
 from collections.abc import Iterable, Iterator
 from itertools import chain, islice
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -48,9 +48,11 @@ def advise(
 
     For every layer: how many values share a statistic; how noisy the means of single batches are, the between-batch share of
     the variance; so how many independent values that is (neighbouring pixels are not independent, nor are samples that were
-    not drawn at random); and how far its running statistics are from these batches. A rule with documented thresholds
-    (docs/choosing.md) makes of it one of: leave, synchronise over the ranks of a node or all, a ghost batch size, batch
-    renorm, GroupNorm, freeze; with the reason and with what it costs in collectives and bytes per step.
+    not drawn at random); and how far its running statistics are from these batches. Of a layer that is called several times
+    in a forward, as one that the levels of a pyramid share, each turn is compared with the same turn on other batches. A rule
+    with documented thresholds (docs/choosing.md) makes of it one of: leave, synchronise over the ranks of a node or all, a
+    ghost batch size, batch renorm, GroupNorm, freeze; with the reason and with what it costs in collectives and bytes per
+    step.
 
     The model runs on the batches without gradients and in evaluation mode, each norm by the statistics of the first eight
     batches together, so that a layer's noise is its own and not that of the layers before it. It is exactly as before
@@ -95,30 +97,32 @@ def advise(
     except Exception:
         meeting.refuse()
         raise
-    head = torch.tensor([float(_machine_id() % 2**40), float(count)], dtype=torch.float64)
-    mine = torch.cat([found, _own_rows(probe)])
-    told = meeting.gather(torch.cat([head, mine.flatten()]))
-    rows, total = merge_rows(told[:, 2:].view(-1, *mine.shape)), int(told[:, 1].sum())
-    if not rows[Input.COUNT].any():
+    head = torch.tensor([float(_machine_id() % 2**40), float(count), float(len(found))], dtype=torch.float64)
+    machines, counts, turns = meeting.gather(head).T.tolist()
+    mine = torch.cat([_padded(found, int(max(turns))).flatten(), _own_rows(probe).flatten()])
+    told = meeting.gather(mine)
+    width = sum(probe.num_features)
+    seen, own = told[:, : -5 * width].unflatten(1, (-1, len(Input), width)), told[:, -5 * width :].sum(0).view(5, width)
+    rows, total = _merge_turns(seen), int(sum(counts))
+    if not rows[:, Input.COUNT].any():
         raise ValueError(
             "advise needs at least one batch with samples on some rank, got none. Check the loader's length; an iterator "
             "that has been read is empty."
         )
-    sound = (rows[Input.MEAN].isfinite() & rows[Input.M2].isfinite()).split(list(probe.num_features))
+    sound = rows[:, : Input.M2 + 1].isfinite().all(0).all(0).split(list(probe.num_features))
     if broken := [name for name, values in zip(probe.names, sound, strict=True) if not values.all()]:
         raise ValueError(
             f"advise: the inputs of {broken[0]} hold NaN or infinite values on some rank, so their noise is not known. Clean "
             "the data first."
         )
-    machines = told[:, 0].tolist()
     ranks = ranks or len(machines)
     here = min(machines.count(machine) for machine in machines) if len(machines) > 1 else ranks
-    return _advice(model, probe, rows, total, ranks, min(ranks_per_node or here, ranks))
+    return _advice(model, probe, rows, own, total, ranks, min(ranks_per_node or here, ranks))
 
 
 def _measure(model: nn.Module, probe: NormProbe, batches: Iterator[Any], forward: Forward) -> tuple[Tensor, int]:
-    """What the layers were given, ``[8, C]``, and the number of batches."""
-    found = torch.zeros(len(Input), sum(probe.num_features), dtype=torch.float64)
+    """What the layers were given in their first call, their second, ..., ``[T, 8, C]``, and the number of batches."""
+    found = torch.zeros(1, len(Input), sum(probe.num_features), dtype=torch.float64)
     count = 0
 
     def step(model: nn.Module, batch: Any) -> None:
@@ -126,7 +130,8 @@ def _measure(model: nn.Module, probe: NormProbe, batches: Iterator[Any], forward
         with probe:
             forward(model, batch)
         assert probe.reading is not None
-        found = merge_rows(torch.stack([found, probe.reading.inputs]))
+        parts = found, probe.reading.turns
+        found = _merge_turns(torch.stack([_padded(part, max(map(len, parts))) for part in parts]))
         count += 1
 
     # To normalise by the batch would hide from the next layer how far its mean is off: what a layer is given must not depend
@@ -140,11 +145,22 @@ def _measure(model: nn.Module, probe: NormProbe, batches: Iterator[Any], forward
     return found, count
 
 
-def _advice(model: nn.Module, probe: NormProbe, rows: Tensor, total: int, ranks: int, per_node: int) -> Advice:
-    evidence = _evidence(model, probe, rows)
-    decisions = [decide(found, ranks, per_node) for found, _ in evidence]
+def _padded(turns: Tensor, length: int) -> Tensor:
+    return torch.cat([turns, turns.new_zeros(length - len(turns), *turns.shape[1:])])
+
+
+def _merge_turns(parts: Tensor) -> Tensor:
+    """Each turn of all parts, ``[T, 8, C]`` from ``[R, T, 8, C]``."""
+    return torch.stack([merge_rows(of_turn) for of_turn in parts.unbind(1)])
+
+
+def _advice(
+    model: nn.Module, probe: NormProbe, rows: Tensor, own: Tensor, total: int, ranks: int, per_node: int
+) -> Advice:
+    evidence = _evidence(model, probe, rows, own)
+    decisions = [decide(found, ranks, per_node) for found, *_ in evidence]
     layers, features = list(probe.layers.values()), probe.num_features
-    costs = _costs(layers, features, [found for found, _ in evidence], decisions, ranks)
+    costs = _costs(features, evidence, decisions, ranks)
     told = zip(probe.names, layers, features, evidence, decisions, costs, strict=True)
     made = tuple(
         AdviceRow(
@@ -152,7 +168,7 @@ def _advice(model: nn.Module, probe: NormProbe, rows: Tensor, total: int, ranks:
             values=found.values * found.share, independent=found.independent, noise=noise, gap=found.gap,
             action=decision.action, reason=decision.reason, options=decision.options, exchanges=cost[0], num_bytes=cost[1],
         )
-        for name, layer, channels, (found, noise), decision, cost in told
+        for name, layer, channels, (found, noise, _), decision, cost in told
     )  # fmt: skip
     notes = []
     if total == 1:
@@ -164,21 +180,29 @@ def _advice(model: nn.Module, probe: NormProbe, rows: Tensor, total: int, ranks:
     return Advice(made, total, ranks, per_node, tuple(notes))
 
 
-def _evidence(model: nn.Module, probe: NormProbe, rows: Tensor) -> list[tuple[Evidence, float | None]]:
-    features, table = probe.num_features, rows.numpy()
+_Measured: TypeAlias = tuple[Evidence, float | None, int]
+"""Of a layer, with the noise of its means and the number of its calls in a forward."""
+
+
+def _evidence(model: nn.Module, probe: NormProbe, rows: Tensor, own: Tensor) -> list[_Measured]:
+    features, turns, running = probe.num_features, rows.numpy(), own.numpy()
+    table = turns.sum(0)  # M2 is about the mean of each turn
+    num_turns = (turns[:, Input.PARTS] > 0).sum(0)
 
     def mean(values: Array) -> list[float | None]:
         return [None if math.isnan(value) else value for value in over_channels(values, features)[0].tolist()]
 
     parts = np.maximum(table[Input.PARTS], 1)
-    share = between_share(table, Input.WITHIN, Input.PARTS)
+    share = between_share(table, Input.WITHIN, Input.PARTS, num_turns)
     noise = mean(share)
-    # That of n values drawn at random is 1/n: the mean of the parts' means takes one degree of freedom.
-    free = mean(share * parts / np.maximum(parts - 1, 1))
-    among = mean(between_share(table, Input.WITHIN_SAMPLES, Input.SAMPLES))
+    # That of n values drawn at random is 1/n: the mean of the parts' means takes one degree of freedom, in each turn.
+    free = mean(share * parts / np.maximum(parts - num_turns, 1))
+    among = mean(between_share(table, Input.WITHIN_SAMPLES, Input.SAMPLES, num_turns))
     values, samples = mean(table[Input.COUNT] / parts), mean(table[Input.SAMPLES] / parts)
-    running = table[len(Input) :]
-    gaps, seen = mean(evaluation_gap(table, running)), mean(running[4] / np.maximum(running[0], 1))
+    count = np.where(table[Input.COUNT] > 0, table[Input.COUNT], np.nan)
+    squares = [np.where(n > 0, n * evaluation_gap(of, running) ** 2, 0) for of in turns for n in of[: Input.MEAN]]
+    gaps = mean(np.sqrt(np.sum(squares, 0) / count))
+    seen, calls = mean(running[4] / np.maximum(running[0], 1)), mean(num_turns.astype(np.float64))
     evidence = []
     for at, layer in enumerate(probe.layers.values()):
         number, size = values[at] or 0.0, samples[at] or 0.0
@@ -197,7 +221,7 @@ def _evidence(model: nn.Module, probe: NormProbe, rows: Tensor) -> list[tuple[Ev
             fixed=_why_fixed(layer, model) or ("" if number else "no sample reached it"),
             family=getattr(layer, "family", "batch_norm"),
         )
-        evidence.append((found, noise[at]))
+        evidence.append((found, noise[at], int(calls[at] or 0)))
     return evidence
 
 
@@ -234,12 +258,12 @@ def _own_rows(probe: NormProbe) -> Tensor:
 
 
 def _costs(
-    layers: list[nn.Module], features: tuple[int, ...], evidence: list[Evidence], decisions: list[Decision], ranks: int
+    features: tuple[int, ...], evidence: list[_Measured], decisions: list[Decision], ranks: int
 ) -> list[tuple[int, int]]:
     """Exchanges and bytes of each layer in a step, if the decisions are taken."""
-    costs = [(0, 0)] * len(layers)
+    costs = [(0, 0)] * len(features)
     circles: dict[str, list[tuple[int, list[int]]]] = {}
-    for at, (found, decision) in enumerate(zip(evidence, decisions, strict=True)):
+    for at, ((found, _, calls), decision) in enumerate(zip(evidence, decisions, strict=True)):
         forward, backward = 2 * features[at] + 1, 2 * features[at]
         circle = str(decision.options.get("process_group", "world"))
         if decision.action == "leave":
@@ -250,7 +274,7 @@ def _costs(
         else:
             words = [forward] if decision.action == "ghost" else [forward, backward]
         if words:
-            circles.setdefault(circle, []).append((at, words))
+            circles.setdefault(circle, []).append((at, words * calls))
     for members in circles.values():
         for (at, _), cost in zip(members, step_cost([words for _, words in members]), strict=True):
             costs[at] = cost

@@ -228,8 +228,9 @@ class EffectiveBatch(NormMetric):
     ``noise``: the share of the variance that lies between parts, Σ n_p(μ_p - μ)² / Σ (x - μ)², where a part is one call on one
     rank: after one update of each rank, between-rank over total variance. P parts of n values drawn at random have
     (P - 1)/(Pn - 1), about 1/n if there are many; more says that values are not independent. Behind layers that normalise
-    each part by itself less is left of it: :func:`syncnorm.advise` measures each layer alone. NaN for a single part. The mean
-    over channels; for the model, the largest.
+    each part by itself less is left of it, and of a layer that is called several times in a step the calls' own means are in
+    it: :func:`syncnorm.advise` measures each layer alone, and each turn. NaN for a single part. The mean over channels; for
+    the model, the largest.
     """
 
     num_rows = len(Input)

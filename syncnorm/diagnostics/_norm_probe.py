@@ -48,6 +48,7 @@ class NormReading(NamedTuple):
         clips: Of batch renormalisation ``[3, L]``: 1 for such a layer that trained and else 0, the shares of channels whose
             r and whose d were clipped.
         exchanges: ``[4]``: 1, number, bytes and seconds of the exchanges of our layers.
+        turns: What layers were given in their first call, their second, and so on, ``[T, 8, C]``; merged, that is ``inputs``.
     """
 
     inputs: Tensor
@@ -56,6 +57,7 @@ class NormReading(NamedTuple):
     after: Tensor
     clips: Tensor
     exchanges: Tensor
+    turns: Tensor
 
 
 class NormProbe:
@@ -168,13 +170,15 @@ class NormProbe:
             if isinstance(layer, RENORM) and layer.training and self._inputs[name]:
                 clips[0, at], clips[1:, at] = 1.0, layer._clip_rate.cpu()
         cost = [1.0, float(meter.exchanges), float(meter.num_bytes), meter.seconds]
+        turns = _call_rows(list(self._inputs.values()), features, host)
         return NormReading(
-            inputs=_call_rows(list(self._inputs.values()), features, host),
-            outputs=_call_rows(list(self._outputs.values()), features, host)[:3],
+            inputs=_merged(turns),
+            outputs=_merged(_call_rows(list(self._outputs.values()), features, host))[:3],
             before=_running_rows(layers, self._before, features, host),
             after=_running_rows(layers, after, features, host),
             clips=clips,
             exchanges=torch.tensor(cost, dtype=torch.float64),
+            turns=turns,
         )
 
 
@@ -257,7 +261,7 @@ def _on_host(tensors: list[Tensor | None]) -> _Host:
 
 
 def _call_rows(calls: list[list[_Call]], features: tuple[int, ...], host: _Host) -> Tensor:
-    """Calls as rows in the order of :class:`Input`, ``[8, C]``, those of a layer merged."""
+    """Calls as rows in the order of :class:`Input`, ``[T, 8, C]``: the first call of each layer, the second, and so on."""
     turns = max(map(len, calls)) or 1
     tables = np.zeros((turns, len(Input), sum(features)))
     for of, columns in zip(calls, _columns(features), strict=True):
@@ -267,8 +271,11 @@ def _call_rows(calls: list[list[_Call]], features: tuple[int, ...], host: _Host)
             mine[Input.WITHIN], mine[Input.PARTS] = m2, float(count > 0)
             mine[Input.STATISTICS], mine[Input.SAMPLES] = call.statistics, call.samples
             mine[Input.WITHIN_SAMPLES] = 0.0 if call.within_samples is None else host[id(call.within_samples)]
-    rows = torch.from_numpy(tables)
-    return rows[0] if turns == 1 else merge_rows(rows)
+    return torch.from_numpy(tables)
+
+
+def _merged(turns: Tensor) -> Tensor:
+    return turns[0] if len(turns) == 1 else merge_rows(turns)
 
 
 def _columns(features: tuple[int, ...]) -> Iterator[slice]:

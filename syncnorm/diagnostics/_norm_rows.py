@@ -65,9 +65,16 @@ def moments_of(rows: Array) -> tuple[Array, Array]:
     return rows[1] + 0 * count, rows[2] / count
 
 
-def between_share(rows: Array, within: Input, sets: Input) -> Array:
-    """Share of the total variance that lies between sets of samples, ``[C]``; NaN for a single set or no variance at all."""
-    total = np.where((rows[sets] > 1) & (rows[Input.M2] > 0), rows[Input.M2], np.nan)
+def between_share(rows: Array, within: Input, sets: Input, num_means: int | Array = 1) -> Array:
+    """Share of the total variance that lies between sets of samples, ``[C]``; NaN for a single set or no variance at all.
+
+    Args:
+        rows: In the order of :class:`Input`, ``[8, C]``.
+        within: The row with M2 within the sets.
+        sets: The row with their number.
+        num_means: About how many means M2 is: 1, or that of kinds of sets of which each has a mean of its own.
+    """
+    total = np.where((rows[sets] > num_means) & (rows[Input.M2] > 0), rows[Input.M2], np.nan)
     return np.maximum(rows[Input.M2] - rows[within], 0) / total  # type: ignore[no-any-return]
 
 
