@@ -1,7 +1,7 @@
 """Tier: no process. For a while without the ranks, or without the running statistics; exceptions and nesting included."""
 
 import copy
-from typing import Any
+from typing import Any, TypeVar, get_args, get_type_hints
 
 import pytest
 import torch
@@ -141,3 +141,12 @@ def test_disabled_layers_come_back_after_an_exception() -> None:
     with pytest.raises(ValueError, match="expected an input"), syncnorm.disabled(model):
         model(torch.zeros(3))
     assert model[0]._sync
+
+
+def test_a_type_checker_knows_the_model_that_comes_back() -> None:
+    for give in (syncnorm.convert, syncnorm.revert, syncnorm.SyncBatchNorm.convert_sync_batchnorm):
+        taken, *_, given = get_type_hints(give).values()
+        assert isinstance(given, TypeVar) and taken is given
+    for context in (syncnorm.disabled, syncnorm.no_stats_update, syncnorm.join):
+        taken, *_, given = get_type_hints(context).values()
+        assert get_args(given) == (taken,) and isinstance(taken, TypeVar)

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -14,6 +14,7 @@ from syncnorm.modules._over_ranks import OverRanks
 
 __all__ = ["disabled", "no_stats_update"]
 
+_Model = TypeVar("_Model", bound=nn.Module)
 _MEETING = (SyncStatistics, OverRanks)
 _STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 # In training these do without running statistics where track_running_stats is off.
@@ -21,7 +22,7 @@ _KNOWN = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm, Batc
 
 
 @contextmanager
-def disabled(model: nn.Module) -> Iterator[nn.Module]:
+def disabled(model: _Model) -> Iterator[_Model]:
     """Within, our layers use the statistics of this rank alone and meet nobody; afterwards they do as before.
 
     For a forward that only some ranks make, such as a sanity check on rank 0. May be nested.
@@ -48,7 +49,7 @@ def disabled(model: nn.Module) -> Iterator[nn.Module]:
 
 
 @contextmanager
-def no_stats_update(model: nn.Module) -> Iterator[nn.Module]:
+def no_stats_update(model: _Model) -> Iterator[_Model]:
     """Within, training forwards normalise as always and leave running statistics and counters as they are.
 
     For the second pass of SAM, extra forwards of a GAN, and the like. Covers every batch norm, ours, torch's and

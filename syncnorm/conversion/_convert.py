@@ -1,7 +1,7 @@
 """A model's batch norms become synchronised, or another kind of norm, in place, after everything has been checked."""
 
 import warnings
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import nn
@@ -18,9 +18,11 @@ from syncnorm.modules import SyncStatistics
 
 __all__ = ["convert"]
 
+_Model = TypeVar("_Model", bound=nn.Module)  # a model that is itself a norm may come back as another
+
 
 def convert(
-    model: nn.Module,
+    model: _Model,
     to: str = "sync_batch_norm",
     *,
     include: Patterns = None,
@@ -28,7 +30,7 @@ def convert(
     process_group: object = None,
     strict: bool = False,
     **options: Any,
-) -> nn.Module:
+) -> _Model:
     """Convert the batch norms of a model, in place; :func:`syncnorm.revert` undoes it exactly.
 
     To a family of batch statistics (``"sync_batch_norm"``, ``"batch_renorm"``, ``"ghost_batch_norm"``,
@@ -88,7 +90,7 @@ def convert(
     made = plan(model, to, include=include, exclude=exclude, process_group=process_group, strict=strict, **options)
     refuse_broken(made)
     _warn(made)
-    root = model
+    root: nn.Module = model
     replaced = {id(entry._layer.module) for entry in made.entries if entry.action == "replace"}
     like = {
         id(e._layer.module): (like_tensor(e._layer, model), around(e._layer, model, replaced)) for e in made.entries
@@ -112,7 +114,7 @@ def convert(
             module._path = name  # by which ranks are told apart
     for block in made._blocks:
         block.install()
-    return root
+    return cast(_Model, root)
 
 
 def _warn(made: Plan) -> None:

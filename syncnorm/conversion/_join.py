@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -17,11 +17,12 @@ from syncnorm.modules._over_ranks import OverRanks
 
 __all__ = ["join"]
 
+_Model = TypeVar("_Model", bound=nn.Module)
 _STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 
 
 @contextmanager
-def join(model: nn.Module, **options: Any) -> Iterator[nn.Module]:
+def join(model: _Model, **options: Any) -> Iterator[_Model]:
     """Within, ranks may train for different numbers of steps: one that has run out of data answers the others meanwhile.
 
     It answers with a count of zero, so that the statistics and gradients of a step are those of the ranks that still have

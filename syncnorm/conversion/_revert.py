@@ -1,6 +1,7 @@
 """The way back: the exact original classes, and the original modules where another had taken their place."""
 
 import weakref
+from typing import TypeVar, cast
 
 import torch
 from torch import nn
@@ -17,13 +18,15 @@ from syncnorm.modules import BatchNorm, SyncStatistics
 
 __all__ = ["revert", "without_synchronisation"]
 
+_Model = TypeVar("_Model", bound=nn.Module)  # a model that is itself a norm may come back as another
+
 _DIMS: dict[int | None, type[nn.Module]] = {None: BatchNorm, 1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
 
 # Layers that were nn.SyncBatchNorm before convert and are again: a second revert leaves them, as the first one did.
 _given_back: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
 
-def revert(model: nn.Module, *, dim: int | None = None) -> nn.Module:
+def revert(model: _Model, *, dim: int | None = None) -> _Model:
     """Undo :func:`syncnorm.convert`, in place: every layer gets its exact original class, or its place, back.
 
     What was learned since stays: parameters are the objects in use now, running statistics are where training brought
@@ -53,7 +56,7 @@ def revert(model: nn.Module, *, dim: int | None = None) -> nn.Module:
     """
     if dim not in _DIMS or isinstance(dim, bool):
         raise ValueError(f"dim must be 1, 2, 3 or None, got {dim!r}.")
-    root = model
+    root: nn.Module = model
     replaced = [layer for layer in find_layers(model) if origin_of(layer.module) is not None]
     if replaced and any(class_names(module) & SHARDED for module in model.modules()):
         raise SyncNormError(
@@ -77,7 +80,7 @@ def revert(model: nn.Module, *, dim: int | None = None) -> nn.Module:
             plain_filters(module)
             unfuse(module)
             _revert_class(module, dim)
-    return root
+    return cast(_Model, root)
 
 
 def without_synchronisation(model: nn.Module) -> nn.Module:

@@ -2,7 +2,7 @@
 
 import os
 import warnings
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,8 @@ from syncnorm.functional._sync_batch_norm import evaluate, tell_others, validate
 from syncnorm.modules._swap import TARGETS, Swapped, check_options
 
 __all__ = ["GHOSTS", "SyncStatistics", "is_synced"]
+
+_Model = TypeVar("_Model", bound=nn.Module)
 
 GHOSTS: dict[type["SyncStatistics"], type["SyncStatistics"]] = {}
 """Which class a layer made with a ``virtual_batch_size`` has, by the class that was called."""
@@ -186,7 +188,7 @@ class SyncStatistics(Swapped):
         )
 
     @classmethod
-    def convert_sync_batchnorm(cls, module: nn.Module, process_group: object = None) -> nn.Module:
+    def convert_sync_batchnorm(cls, module: _Model, process_group: object = None) -> _Model:
         """As ``nn.SyncBatchNorm.convert_sync_batchnorm``, in place: every batch norm in ``module`` becomes synchronised.
 
         :func:`syncnorm.convert` does the same with a choice of layers, a report and a warning for what it leaves.
