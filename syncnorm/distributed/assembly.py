@@ -12,7 +12,7 @@ import torch.distributed as dist
 from syncnorm.distributed.collectives import group_store
 from syncnorm.distributed.groups import Group
 from syncnorm.distributed.notes import printable
-from syncnorm.distributed.processes import host, is_running
+from syncnorm.distributed.processes import has_ended
 from syncnorm.distributed.wire.board import Board
 from syncnorm.errors import SyncNormError, SyncNormPeerLost, SyncNormTimeout
 
@@ -44,7 +44,7 @@ def assemble(group: Group, ranks: tuple[int, ...], place: int, patience: float) 
     deadline, pause, found = time.monotonic() + patience, 0.001, ""
     while not found:
         told = {rank: json.loads(known.get(str(rank))) for rank in ranks if known.check([str(rank)])}
-        gone = [rank for rank, record in told.items() if record["host"] == host() and not is_running(record)]
+        gone = [rank for rank, record in told.items() if has_ended(record)]
         if store.check(here):
             found = json.dumps(["here", ""])
         elif gone:

@@ -7,12 +7,12 @@ from typing import Any
 
 from syncnorm.errors import SyncNormError
 
-__all__ = ["boot_id", "host", "identity", "is_running", "look", "number", "refuse_fork"]
+__all__ = ["boot_id", "has_ended", "host", "identity", "is_running", "look", "number", "refuse_fork"]
 
 
 def identity() -> dict[str, Any]:
     """This process, as others may look for it."""
-    return {"pid": number(), "started": look(number())[1], "host": host()}
+    return {"pid": number(), "started": look(number())[1], "host": host(), "namespace": namespace()}
 
 
 def is_running(record: dict[str, Any]) -> bool:
@@ -20,6 +20,23 @@ def is_running(record: dict[str, Any]) -> bool:
     if record.get("host") != host() or not isinstance(record.get("pid"), int):
         return False
     return look(record["pid"])[1] == record.get("started") != ""
+
+
+def has_ended(record: dict[str, Any]) -> bool:
+    """Whether the process of an :func:`identity` is seen to have ended; never for one whose number means nothing here."""
+    # Containers may share the name of their host, and its boot; their processes do not see each other.
+    here = record.get("host") == host() and record.get("namespace") == namespace() != ""
+    return here and not is_running(record)
+
+
+def namespace() -> str:
+    """Whose process numbers ``/proc`` shows: this process' own namespace, or one so many above; empty where it is not told."""
+    try:
+        lines = Path("/proc/self/status").read_bytes().splitlines()
+        numbers = next(line for line in lines if line.startswith(b"NSpid:")).split()[1:]
+        return f"{os.readlink('/proc/self/ns/pid')} {len(numbers)}"
+    except (OSError, StopIteration):
+        return ""
 
 
 def host() -> str:
