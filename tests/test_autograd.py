@@ -388,7 +388,7 @@ def _reads_nothing_back(on_device: bool) -> None:
     if on_device:
         reduce = agreement.sum_row
         agreement.sum_row = lambda row, group: reduce(row, group).as_subclass(_OnDevice)
-        _whole._serves_among = lambda backend, x: False  # by which nothing goes that is on an accelerator
+        _whole._among = lambda backend, x: None  # by which nothing goes that is on an accelerator
     for options in (
         {},
         {"momentum": None},

@@ -20,7 +20,7 @@ from syncnorm.kernels.native import among
 
 SERVING = [name for name, reason in objections(torch.empty(2, 3, 4)).items() if reason is None]
 FAST = [name for name in SERVING if name != "reference"]
-ALONE = [name for name in SERVING if alone(BACKENDS[name]) is not None]
+ALONE = [name for name in SERVING if alone(BACKENDS[name], torch.empty(2, 3)) is not None]
 ACTIVATIONS = [None, Activation("relu"), Activation("leaky_relu", 0.2), Activation("silu"), Activation("gelu")]
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 # Flat forms, with lengths at and around whole vectors and bytes: [N, C, S] and [M, C].
@@ -91,7 +91,7 @@ def by_whole_directions(
     name: str, v: dict[str, Tensor], activation: Activation | None, with_residual: bool
 ) -> dict[str, Tensor | None]:
     """As :func:`by_primitives`, by the two calls of a group of one."""
-    whole = alone(BACKENDS[name])
+    whole = alone(BACKENDS[name], v["x"])
     assert whole is not None
     x, weight, bias = (
         v["x"],

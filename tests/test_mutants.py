@@ -69,8 +69,8 @@ def _no_exchange() -> None:
 def _biased_running_var() -> None:
     real = _batch_normalize.update_running
 
-    def biased(running: RunningStatistics, batch: Moments) -> None:
-        real(running, batch._replace(m2=batch.m2 * (batch.count - 1) / batch.count))
+    def biased(running: RunningStatistics, batch: Moments, backend: str) -> None:
+        real(running, batch._replace(m2=batch.m2 * (batch.count - 1) / batch.count), backend)
 
     _batch_normalize.update_running = biased
 
@@ -92,7 +92,7 @@ MUTANTS = [
 
 def _step(mutate: Callable[[], None] | None) -> dict[str, float]:
     if mutate is not None:
-        _whole._serves_among = lambda backend, x: False  # step by step, so that there is something to take away
+        _whole._among = lambda backend, x: None  # step by step, so that there is something to take away
         mutate()
     layer, oracle = syncnorm.SyncBatchNorm2d(3, dtype=torch.float64), nn.BatchNorm2d(3, dtype=torch.float64)
     return step_errors(layer, oracle, (7, 3, 2, 3), [5, 2])

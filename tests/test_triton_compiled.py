@@ -16,12 +16,14 @@ from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
 from syncnorm.core.activation import Activation  # noqa: E402
+from syncnorm.core.moments import Moments  # noqa: E402
 from syncnorm.kernels import triton as kernels  # noqa: E402
-from syncnorm.kernels.triton import _batch, _rows  # noqa: E402
+from syncnorm.kernels.triton import _batch, _rows, _whole, among  # noqa: E402
 from syncnorm.kernels.triton import rows as row_kernels  # noqa: E402
 
 NAMES = {
-    torch.float64: "*fp64", torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.uint8: "*u8"
+    torch.float64: "*fp64", torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.uint8: "*u8",
+    torch.int64: "*i64",
 }  # fmt: skip
 RELU, GELU = Activation("relu"), Activation("gelu")
 
@@ -46,6 +48,7 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> list[Launch]:
 
     monkeypatch.setattr(_batch, "launch", record)
     monkeypatch.setattr(_rows, "launch", record)
+    monkeypatch.setattr(_whole, "launch", record)
     return out
 
 
@@ -63,7 +66,7 @@ def compiled(launch: Launch, capability: int) -> Any:
         elif isinstance(value, float):
             signature[parameter.name] = "fp32"
         else:
-            signature[parameter.name] = "i32" if value < 2**31 else "i64"
+            signature[parameter.name] = parameter.annotation_type or ("i32" if value < 2**31 else "i64")
     source = ASTSource(launch.kernel, signature, constants, attributes)
     options = {"num_warps": launch.warps, "enable_fp_fusion": True}
     return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
@@ -94,6 +97,20 @@ def batch_primitives(dtype: torch.dtype, channels_last: bool, n: int = 64, c: in
         kernels.batch_backward_input(x, x, stats, stats, affine, means, affine, activation, side, side is not None)
 
 
+def among_ranks(dtype: torch.dtype, n: int = 64, c: int = 256, s: int = 3136) -> None:
+    x, affine, words = meta(n, c, s, dtype=dtype), meta(c), (0.0, 1.0, 2.0, 3.0, 4.0, 5.0)
+    row = among.batch_forward_row(x, 4096, words)
+    _, moments, rstd, mask, _ = among.batch_forward_rest(row, 6, x, affine, affine, 1e-5, RELU, x)
+    arguments = (x, x, moments.mean, rstd, affine, affine, RELU, mask)
+    row, _, _ = among.batch_backward_row(*arguments, 4096, words)
+    among.batch_backward_rest(row, 6, moments.count, *arguments, True)
+    for momentum in (0.1, None):
+        kernels.move_running(moments, affine, affine, meta(1, dtype=torch.int64), momentum)
+    _, alone, rstd, _ = kernels.batch_forward(x, affine, affine, 1e-5, RELU, None)
+    kernels.batch_backward(x, x, alone.mean, rstd, affine, affine, RELU, None, False)
+    kernels.move_running(Moments(8.0, alone.mean, alone.m2), affine, affine, None, 0.1)
+
+
 def row_primitives(dtype: torch.dtype, features: int, centre: bool) -> None:
     x, affine = meta(4096, features, dtype=dtype), meta(features)
     _, h, mean, rstd = row_kernels.row_norm_forward(x, affine, affine, 1e-5, centre, x)
@@ -111,6 +128,7 @@ def group_primitives(dtype: torch.dtype, channels_last: bool) -> None:
 CASES: dict[str, Callable[[torch.dtype], None]] = {
     "batch NCHW": lambda dtype: batch_primitives(dtype, False),
     "batch NHWC": lambda dtype: batch_primitives(dtype, True),
+    "batch among ranks": among_ranks,
     "layer 1024": lambda dtype: row_primitives(dtype, 1024, True),
     "rms 8192": lambda dtype: row_primitives(dtype, 8192, False),
     "layer 8192": lambda dtype: row_primitives(dtype, 8192, True),

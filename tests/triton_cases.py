@@ -7,11 +7,13 @@ is imported, and tests/gpu/ on a GPU.
 import math
 import os
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 import syncnorm
 from syncnorm.core.activation import ACTIVATIONS, Activation
@@ -22,7 +24,11 @@ triton = pytest.importorskip("triton", reason="triton is not installed (the extr
 
 import triton.language as tl  # noqa: E402
 
-from syncnorm.kernels.triton import _batch, _plan, _rows  # noqa: E402
+from syncnorm.core import running as core_running  # noqa: E402
+from syncnorm.core.moments import Moments  # noqa: E402
+from syncnorm.core.running import RunningStatistics  # noqa: E402
+from syncnorm.kernels import vectors  # noqa: E402
+from syncnorm.kernels.triton import _batch, _launch, _plan, _rows, _whole, among  # noqa: E402
 from syncnorm.kernels.triton._tiles import locate  # noqa: E402
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -49,6 +55,7 @@ def _poisoned_outputs(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
     monkeypatch.setattr(_batch, "empty", poisoned)
     monkeypatch.setattr(_rows, "empty", poisoned)
+    monkeypatch.setattr(_whole, "empty", poisoned)
     yield
     for strip in strips:
         assert strip.isnan().all() if strip.is_floating_point() else (strip == 0xA5).all(), "written behind an output"
@@ -171,6 +178,205 @@ def test_batch_norm_and_its_gradient(
     check("dx", dx, flat(exact["dx"], channels_last), dtype, count, largest * float(g.abs().max()))
     if dresidual is not None:
         check("dresidual", dresidual, flat(exact["dresidual"], channels_last), dtype)
+
+
+WHOLE = [
+    ((5, 3, 199), torch.float32, "", False),
+    ((3, 33, 7), torch.float32, "relu", True),
+    ((2, 70, 3), torch.float32, "silu", False),
+    ((4, 9, 21), torch.bfloat16, "gelu", True),
+    ((2, 5, 1), torch.float64, "leaky_relu", True),
+    ((2, 5, 8), torch.float16, "relu", False),
+]
+
+
+@pytest.mark.parametrize(("shape", "dtype", "activation", "with_residual"), WHOLE, ids=str)
+@pytest.mark.parametrize("channels_last", LAYOUTS, ids=["NCHW", "NHWC"])
+@pytest.mark.parametrize("ranks", [1, 2], ids=["alone", "among two"])
+@pytest.mark.usefixtures("_small_tiles")
+def test_a_whole_direction(
+    shape: tuple[int, ...], dtype: torch.dtype, activation: str, with_residual: bool, channels_last: bool, ranks: int
+) -> None:
+    act = Activation(activation, 0.1) if activation else None
+    x, g, r = (randn(*shape, dtype=dtype, seed=i, scale=1 + i, offset=i) for i in range(3))
+    weight, bias = randn(2, shape[1], dtype=torch.float32, seed=3)
+    exact = exact_batch_norm(x, g, r if with_residual else None, weight, bias, act)
+    C, count = shape[1], x.numel() // shape[1]
+    xs, gs, rs = ([flat(part, channels_last) for part in t.split([1, shape[0] - 1][-ranks:] if ranks == 2 else shape[0])]
+                  for t in (x, g, r))  # fmt: skip
+    residuals = rs if with_residual else [None] * ranks
+    if ranks == 1:
+        forwards = [kernels.batch_forward(xs[0], weight, bias, EPS, act, residuals[0])]
+    else:
+        words = (2.0**32, 3e6, 65535.0, 65535.0**2, 1.0, 1.0)
+        width = 2 * C + 1 + 600 + len(words)
+        rows = [among.batch_forward_row(part, width, words) for part in xs]
+        for row in rows:
+            assert row[-6:].tolist() == list(words) and not row[2 * C + 1 : -6].any()
+        row = rows[0] + rows[1]
+        forwards = [
+            among.batch_forward_rest(row, 6, part, weight, bias, EPS, act, residual)[:4]
+            for part, residual in zip(xs, residuals, strict=True)
+        ]
+        assert among.batch_forward_row(xs[0], 2 * C + 1, ()).numel() == 2 * C + 1
+    ys, moments, rstds, masks = zip(*forwards, strict=True)
+    var, mean = torch.var_mean(x.double(), (0, 2), correction=0)
+    assert float(moments[0].count) == count and isinstance(moments[0].count, Tensor) == (ranks == 2)
+    check("mean", moments[0].mean, mean, dtype, count)
+    check("m2", moments[0].m2, var * count, dtype, count)
+    check("rstd", rstds[0], (moments[0].var + EPS).rsqrt(), torch.float64)
+    smooth = act is not None and not act.is_piecewise_linear
+    sides = [residual if smooth else mask for residual, mask in zip(residuals, masks, strict=True)]
+    fixed = [(g, x, m.mean, s, weight, bias if act else None, act, side)
+             for g, x, m, s, side in zip(gs, xs, moments, rstds, sides, strict=True)]  # fmt: skip
+    if ranks == 1:
+        dx, dresidual, dbias, dweight = kernels.batch_backward(*fixed[0], True)
+        outcomes = [(dx, dresidual)]
+    else:
+        packed = [among.batch_backward_row(*arguments, 2 * C + 9, (7.0,)) for arguments in fixed]
+        row, dbias, dweight = (a.double() + b.double() for a, b in zip(*packed, strict=True))
+        assert row[-1] == 14 and not row[2 * C : -1].any()
+        outcomes = [
+            among.batch_backward_rest(row, 1, m.count, *arguments, True)[:2]
+            for m, arguments in zip(moments, fixed, strict=True)
+        ]
+    largest = float((rstds[0] * weight).abs().max())
+    ys, dxs = (torch.cat(parts) for parts in (ys, [dx for dx, _ in outcomes]))
+    check("y", ys, flat(exact["y"], channels_last), dtype, count)
+    check("dx", dxs, flat(exact["dx"], channels_last), dtype, count, largest * float(g.abs().max()))
+    check("dbias", dbias.double(), exact["dbias"], torch.float32, count, g.double().abs().sum((0, 2)).max())
+    check("dweight", dweight.double(), exact["dweight"], torch.float32, count, g.double().abs().sum((0, 2)).max())
+    if act is None:
+        assert all(dresidual is None for _, dresidual in outcomes)
+    else:
+        dresiduals = torch.cat([dresidual for _, dresidual in outcomes])
+        check("dresidual", dresiduals, flat(exact["dresidual"], channels_last), dtype, scale=g.abs().max())
+
+
+@pytest.mark.parametrize("channels_last", LAYOUTS, ids=["NCHW", "NHWC"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_chunks_are_normalised_by_themselves(channels_last: bool, dtype: torch.dtype) -> None:
+    sizes, shape = [1, 3, 2], (6, 5, 7)
+    x, g = (randn(*shape, dtype=dtype, seed=i, offset=i) for i in range(2))
+    weight, bias = randn(2, 5, dtype=torch.float32, seed=3)
+    chunks = [size * (7 if channels_last else 1) for size in sizes]
+    x_flat, g_flat = flat(x, channels_last), flat(g, channels_last)
+    y, moments, rstd, mask = kernels.batch_forward(x_flat, weight, bias, EPS, None, None, chunks)
+    assert mask is None and moments.mean.shape == moments.m2.shape == rstd.shape == (3, 5)
+    assert moments.count.tolist() == [7.0, 21.0, 14.0]
+    dx, dresidual, dbias, dweight = kernels.batch_backward(
+        g_flat, x_flat, moments.mean, rstd, weight, None, None, None, False, chunks
+    )  # fmt: skip
+    assert dresidual is None
+    parts = [
+        exact_batch_norm(a, b, None, weight, bias, None) for a, b in zip(x.split(sizes), g.split(sizes), strict=True)
+    ]
+    exact = {name: torch.cat([part[name] for part in parts]) for name in ("y", "dx")}
+    size = float((rstd.max() * weight.abs().max() * g.abs().max()).double())
+    check("y", y, flat(exact["y"], channels_last), dtype, 21)
+    check("dx", dx, flat(exact["dx"], channels_last), dtype, 21, size)
+    for name, value in (("dbias", dbias), ("dweight", dweight)):
+        check(name, value, sum(part[name] for part in parts), torch.float32, 42, g.double().abs().sum())
+
+
+@pytest.mark.parametrize(
+    ("dtype", "momentum", "counts", "channels"),
+    [
+        *(
+            (torch.float32, momentum, counts, 700)
+            for momentum in (0.1, 0.9, 0.0, 1.0, None)
+            for counts in (True, False)
+        ),
+        *((dtype, momentum, True, 3) for dtype in DTYPES[1:] for momentum in (0.1, None)),
+    ],
+    ids=str,
+)
+def test_running_statistics(dtype: torch.dtype, momentum: float | None, counts: bool, channels: int) -> None:
+    def buffers() -> RunningStatistics:
+        counter = torch.tensor(0, device=DEVICE) if counts else None
+        ones = torch.ones(2, channels, dtype=dtype, device=DEVICE)
+        return RunningStatistics(ones[0] * 0, ones[1].clone(), counter, momentum)
+
+    ours, theirs = buffers(), buffers()
+    for i, count in enumerate((392.0, 1.0, 0.0, 2.0, 392.0)):
+        mean, m2 = randn(channels, seed=i, offset=3), randn(channels, seed=i + 5).abs() * count
+        known = count if i % 2 else torch.tensor(count, dtype=torch.float64, device=DEVICE)
+        version = ours.mean._version
+        kernels.move_running(Moments(known, mean, m2), *ours[:4])
+        assert ours.mean._version > version  # autograd is told
+        core_running.update_running(theirs, Moments(count, mean, m2))
+        for a, b in zip(ours[:3], theirs[:3], strict=True):
+            if a is None or b is None:
+                assert a is b
+            else:  # one rounding apart: torch's lerp is vectorised; the interpreter's bfloat16 is truncated
+                eps = torch.finfo(a.dtype).eps if a.is_floating_point() else 0
+                torch.testing.assert_close(a, b, rtol=(i + 2) * eps, atol=eps)
+
+
+class Operations(TorchDispatchMode):
+    """Names of torch's operations that are neither views nor memory, which the fixture above makes by `full`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.overloadpacket.__name__
+        if name not in (
+            "full",
+            "view",
+            "empty",
+            "new_empty",
+            "detach",
+            "unbind",
+            "slice",
+            "select",
+            "squeeze",
+            "unsqueeze",
+        ):
+            self.names.append(name)
+        return func(*args, **kwargs or {})
+
+
+def test_a_step_is_seven_kernels_and_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels, "stands_back", lambda x: False)  # as on a device
+    monkeypatch.setattr(vectors, "_serves", lambda *arguments: False)
+    names = []
+
+    def record(kernel: Any, programs: int, first: Tensor, *arguments: Any, **options: Any) -> None:
+        names.append(kernel.__name__)
+        with _disable_current_modes():
+            _launch.launch(kernel, programs, first, *arguments, **options)
+
+    monkeypatch.setattr(_batch, "launch", record)
+    monkeypatch.setattr(_whole, "launch", record)
+    layer = syncnorm.SyncBatchNorm2d(5, backend="triton", activation="relu").to(DEVICE)
+    x, r, g = (randn(4, 5, 4, 6, dtype=torch.float32, seed=i) for i in range(3))
+    leaves = [x.requires_grad_(), r.requires_grad_(), *layer.parameters()]
+    with Operations() as seen:
+        torch.autograd.grad(layer(x, residual=r), leaves, g)
+    forward = ["moments_kernel", "finish_moments_kernel", "normalize_kernel", "update_running_kernel"]
+    assert names == [*forward, "backward_reduce_kernel", "finish_sums_kernel", "backward_input_kernel"]
+    assert seen.names == []
+
+
+def test_who_moves_running_statistics(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels, "stands_back", lambda x: False)  # as on a device
+    monkeypatch.setattr(vectors, "_serves", lambda *arguments: False)
+    moved = []
+    monkeypatch.setattr(kernels, "move_running", lambda *arguments: moved.append(arguments))
+    batch = Moments(8.0, randn(5), randn(5).abs())
+    table = torch.ones(5, 3, device=DEVICE)
+    whole = RunningStatistics(table[:, 0].clone(), table[:, 1].clone(), torch.tensor(0, device=DEVICE), 0.25)
+    vectors.update_running(whole, batch)
+    vectors.update_running(whole, batch, "triton")
+    assert len(moved) == 2
+    vectors.update_running(whole, batch, "reference")  # somebody does not want triton
+    vectors.update_running(whole._replace(mean=table[:, 0], var=table[:, 1]), batch)  # gaps
+    vectors.update_running(whole._replace(skip_nonfinite=True), batch)
+    assert len(moved) == 2 and int(whole.num_batches_tracked) == 3
+    with pytest.raises(RuntimeError, match="size"):
+        vectors.update_running(whole._replace(mean=torch.zeros(4, device=DEVICE)), batch)
 
 
 def exact_batch_norm(

@@ -15,7 +15,7 @@ from torch import Tensor
 from syncnorm.core.moments import Moments, from_sums, to_sums
 from syncnorm.kernels import native
 
-__all__ = ["LocalMoments", "Payload", "Sums", "on_host", "words_of"]
+__all__ = ["LocalMoments", "Payload", "Sums", "on_device", "on_host", "words_of"]
 
 
 class Payload(Protocol):
@@ -92,8 +92,17 @@ def words_of(row: Tensor, num_words: int) -> list[float] | None:
 
 def on_host(t: Tensor) -> bool:
     """Whether the host may look into ``t``."""
+    return t.is_cpu and _is_memory(t)
+
+
+def on_device(t: Tensor) -> bool:
+    """Whether a kernel on an accelerator may look into ``t``."""
+    return t.is_cuda and _is_memory(t)
+
+
+def _is_memory(t: Tensor) -> bool:
     # Beneath torch.func a tensor may be a wrapper, whose memory cannot be looked at.
-    return t.is_cpu and type(t) is Tensor and not torch._C._functorch.is_functorch_wrapped_tensor(t)
+    return type(t) is Tensor and not torch._C._functorch.is_functorch_wrapped_tensor(t)
 
 
 def _native(t: Tensor) -> bool:

@@ -115,7 +115,7 @@ class _Normalize(Function):
             remember_call(walk.site, walk.call, (moments, correction))
         if running is not None and eager and not recomputing:
             with unseen_by_selective_checkpointing():
-                update_running(running, moments)
+                update_running(running, moments, walk.backend)
         count = moments.count
         if not eager and not isinstance(count, Tensor):
             count = rstd.new_full((), count)  # Dynamo asks every output for a gradient that is a tensor

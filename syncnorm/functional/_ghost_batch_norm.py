@@ -103,7 +103,8 @@ def ghost_batch_norm(
         known = None if ranks.size > 1 or torch.compiler.is_compiling() else float(count_per_channel(input))
         call = begin_call(site, ranks, input)
         with unseen_by_selective_checkpointing():
-            update_running(running, _average(moments, ranks, call, share=1 / ghost_group.size, known=known))
+            averaged = _average(moments, ranks, call, share=1 / ghost_group.size, known=known)
+            update_running(running, averaged, backend)
     return output
 
 

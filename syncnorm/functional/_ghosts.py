@@ -42,7 +42,7 @@ def _whole(x: Tensor, walk: Walk) -> Alone | None:
     """The calls for all ghosts of a rank, where they serve; a recompute of a checkpoint finds what its forward found."""
     if walk.group.size > 1 or not x.numel() or torch.compiler.is_compiling():
         return None
-    return alone(choose(walk.backend, x))
+    return alone(choose(walk.backend, x), x)
 
 
 class _Ghosts(Function):
@@ -73,11 +73,11 @@ class _Ghosts(Function):
             grad = torch.zeros_like(x)
         dx: Tensor | None
         differentiable = torch.is_grad_enabled() and not torch.compiler.is_compiling()  # create_graph=True
-        if differentiable or not needs_x:
+        whole = None if differentiable or not needs_x else _whole(x, ctx.walk)
+        if whole is None:
             dx, dweight, dbias = _one_by_one(grad, x, weight, mean, rstd, ctx.walk, ctx.sizes, needs_x)
         else:
-            whole, flat = alone(choose(ctx.walk.backend, x)), flatten(x)
-            assert whole is not None
+            flat = flatten(x)
             dx, _, dbias, dweight = whole.batch_backward(
                 flatten_like(grad, flat), flat, mean, rstd, weight, None, None, None, False, _chunks(flat, x, ctx.sizes)
             )

@@ -7,7 +7,7 @@ asked for by name runs or raises with its objection.
 
 from collections.abc import Sequence
 from types import ModuleType
-from typing import Protocol, cast
+from typing import Any, Protocol, cast
 
 from torch import Tensor
 
@@ -15,8 +15,10 @@ from syncnorm.core.activation import Activation
 from syncnorm.core.moments import Moments
 from syncnorm.kernels import aten, native, reference, triton
 from syncnorm.kernels._choice import pick
+from syncnorm.kernels.native import among as _native_among
+from syncnorm.kernels.triton import among as _triton_among
 
-__all__ = ["BACKENDS", "Alone", "Backend", "alone", "choose", "objections"]
+__all__ = ["BACKENDS", "Alone", "Among", "Backend", "alone", "among", "choose", "objections"]
 
 
 class Backend(Protocol):
@@ -86,6 +88,9 @@ class Alone(Protocol):
     Nothing stands between the passes over the data there, so they need not be passes over memory.
     """
 
+    def serves_whole(self, x: Tensor) -> bool:
+        """Whether these calls take ``x``, which the primitives serve."""
+
     def batch_forward(
         self,
         x: Tensor,
@@ -121,9 +126,73 @@ class Alone(Protocol):
         """
 
 
-def alone(backend: Backend) -> Alone | None:
-    """The backend, if it has a call for each whole direction."""
-    return cast(Alone, backend) if hasattr(backend, "batch_forward") else None
+class Among(Protocol):
+    """What a backend may have for a rank among others: each direction in two calls, up to the row and after it.
+
+    A row is float64 ``[width]``: the sums that ranks add up, zeros, and the words at its end. Words come back where the host
+    reads them for nothing, and the count of the moments as a float or as a tensor, likewise.
+    """
+
+    def batch_forward_row(self, x: Tensor, width: int, words: Sequence[float]) -> Tensor:
+        """The moments of flat ``x``, packed."""
+
+    def batch_forward_rest(
+        self,
+        row: Tensor,
+        num_words: int,
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        eps: float,
+        activation: Activation | None,
+        residual: Tensor | None,
+    ) -> tuple[Tensor, Moments, Tensor, Tensor | None, list[float] | None]:
+        """y, moments of all ranks, ``1/√(var + eps)``, mask and words, from the row of all ranks."""
+
+    def batch_backward_row(
+        self,
+        grad: Tensor,
+        x: Tensor,
+        mean: Tensor,
+        rstd: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        activation: Activation | None,
+        side: Tensor | None,
+        width: int,
+        words: Sequence[float],
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Σg' and Σg'·x̂, packed; and as this rank's gradients of bias and weight."""
+
+    def batch_backward_rest(
+        self,
+        row: Tensor,
+        num_words: int,
+        count: Any,
+        grad: Tensor,
+        x: Tensor,
+        mean: Tensor,
+        rstd: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        activation: Activation | None,
+        side: Tensor | None,
+        needs_residual: bool,
+    ) -> tuple[Tensor, Tensor | None, list[float] | None]:
+        """Gradients of x and of the residual (None where it is ``grad``), and words, from the row of all ranks."""
+
+
+def alone(backend: Backend, x: Tensor) -> Alone | None:
+    """The backend, if it has a call for each whole direction that takes ``x``."""
+    if not hasattr(backend, "batch_forward"):
+        return None
+    whole = cast(Alone, backend)
+    return whole if whole.serves_whole(x) else None
+
+
+def among(backend: Backend) -> Among | None:
+    """The backend's calls for a rank among others, if it has them. Of memory, and not of what stands for it in a trace."""
+    return _AMONG.get(backend)
 
 
 def _backend(module: ModuleType) -> Backend:
@@ -137,6 +206,7 @@ BACKENDS: dict[str, Backend] = {
     "triton": _backend(triton),
     "reference": _backend(reference),
 }
+_AMONG = {BACKENDS["native"]: cast(Among, _native_among), BACKENDS["triton"]: cast(Among, _triton_among)}
 
 
 def choose(name: str, x: Tensor) -> Backend:

@@ -28,6 +28,7 @@ __all__ = [
     "build",
     "load",
     "objection",
+    "serves_whole",
 ]
 
 _CODES = {name: code for code, name in enumerate(ACTIVATIONS, 1)}
@@ -126,6 +127,11 @@ def batch_backward_input(
     if needs_residual and activation is not None:
         return _ops().batch_backward_input_and_residual.default(*arguments)  # type: ignore[no-any-return]
     return _ops().batch_backward_input.default(*arguments), None
+
+
+def serves_whole(x: Tensor) -> bool:
+    """Whether the calls below take ``x``: operators take whatever the primitives do."""
+    return True
 
 
 def batch_forward(

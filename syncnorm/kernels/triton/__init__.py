@@ -5,6 +5,7 @@ the same input on the same kind of device gives the same bits. Triton itself is 
 """
 
 import os
+from collections.abc import Sequence
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
@@ -19,13 +20,17 @@ from syncnorm.core.moments import Moments
 from syncnorm.core.traced import constant_while_traced
 
 __all__ = [
+    "batch_backward",
     "batch_backward_input",
     "batch_backward_reduce",
+    "batch_forward",
     "batch_moments",
     "batch_normalize",
     "found",
+    "move_running",
     "objection",
     "primitives",
+    "serves_whole",
     "spelled",
     "stands_back",
 ]
@@ -142,6 +147,56 @@ def batch_backward_input(
         grad, x, mean, rstd, weight, means, bias, *spelled(activation), side, needs_residual
     )  # fmt: skip
     return dx, found(dresidual)
+
+
+def serves_whole(x: Tensor) -> bool:
+    """Whether the calls below take ``x``: memory, and nothing that stands for it while something traces."""
+    if type(x) is not Tensor or torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return False
+    return not torch._C._functorch.is_functorch_wrapped_tensor(x)
+
+
+def batch_forward(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    activation: Activation | None,
+    residual: Tensor | None,
+    chunks: Sequence[int] = (),
+) -> tuple[Tensor, Moments, Tensor, Tensor | None]:
+    """y, moments, ``1/√(var + eps)`` and mask: three kernels, or as many for each chunk."""
+    from syncnorm.kernels.triton import _whole
+
+    return _whole.forward(x, weight, bias, eps, *spelled(activation), residual, chunks)
+
+
+def batch_backward(
+    grad: Tensor,
+    x: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    activation: Activation | None,
+    side: Tensor | None,
+    needs_residual: bool,
+    chunks: Sequence[int] = (),
+) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
+    """Gradients of x, residual, bias and weight: three kernels, or as many for each chunk."""
+    from syncnorm.kernels.triton import _whole
+
+    return _whole.backward(
+        grad, x, mean, rstd, weight, bias, *spelled(activation), side, needs_residual, chunks
+    )  # fmt: skip
+
+
+def move_running(moments: Moments, mean: Tensor, var: Tensor, counter: Tensor | None, momentum: float | None) -> None:
+    """Running statistics ``[C]`` and their counter, in place: one kernel."""
+    from syncnorm.kernels.triton import _whole
+
+    _whole.move_running(moments, mean, var, counter, momentum)
+    torch.autograd.graph.increment_version([mean, var] if counter is None else [mean, var, counter])
 
 
 def primitives(x: Tensor) -> Any:

@@ -15,7 +15,18 @@ from syncnorm.kernels.triton._activations import CODES
 from syncnorm.kernels.triton._launch import dense, empty, launch
 from syncnorm.kernels.triton._plan import Walk, plan_walk, power_of_two
 
-__all__ = ["backward_input", "backward_reduce", "moments", "normalize", "partial_moments", "sum_parts"]
+__all__ = [
+    "backward_input",
+    "backward_reduce",
+    "input_gradient_into",
+    "like",
+    "moments",
+    "normalize",
+    "normalize_into",
+    "partial_moments",
+    "partial_sums",
+    "sum_parts",
+]
 
 _PIECEWISE_LINEAR = ("relu", "leaky_relu")
 
@@ -54,8 +65,26 @@ def normalize(
     group: int = 1,
 ) -> tuple[Tensor, Tensor]:
     """``act((x - mean)·rstd·weight + bias + residual)`` with ``group`` adjacent channels to a mean; and the mask."""
+    y = like(x)
+    bits = normalize_into(y, x, mean, rstd, weight, bias, activation, slope, residual, group)
+    return y, x.new_empty(0) if bits is None else bits
+
+
+def normalize_into(
+    y: Tensor,
+    x: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    activation: str,
+    slope: float,
+    residual: Tensor | None,
+    group: int = 1,
+) -> Tensor | None:
+    """:func:`normalize` into ``y``; returns the mask, if there is one."""
     walk = plan_walk(x, tensors=2)
-    y, bits, vectors = _like(x), None, dense(mean, rstd, weight, bias)
+    bits, vectors = None, dense(mean, rstd, weight, bias)
     if residual is not None and activation in _PIECEWISE_LINEAR:
         width = walk.C if walk.channels_last else walk.S
         bits = empty(x.numel() // width, -(-width // 8), dtype=torch.uint8, device=x.device)
@@ -64,7 +93,7 @@ def normalize(
         walk.C, walk.S, walk.tiles, walk.blocks, walk.steps, group, _num_affine(weight, bias),
         warps=walk.warps, **_activation(activation, slope), **_tile(walk),
     )  # fmt: skip
-    return y, x.new_empty(0) if bits is None else bits
+    return bits
 
 
 def backward_reduce(
@@ -80,6 +109,22 @@ def backward_reduce(
     group: int = 1,
 ) -> Tensor:
     """Σg' and Σg'·x̂, float64 [2, channels of all instances]."""
+    return sum_parts(partial_sums(grad, x, mean, rstd, weight, bias, activation, slope, side, group), torch.float64)
+
+
+def partial_sums(
+    grad: Tensor,
+    x: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    activation: str,
+    slope: float,
+    side: Tensor | None,
+    group: int = 1,
+) -> Tensor:
+    """:func:`backward_reduce` of every split, float64 [splits, 2, channels of all instances]."""
     walk = plan_walk(x, tensors=2)
     partial = empty(walk.splits, 2, walk.num_channels, dtype=torch.float64, device=x.device)
     launch(
@@ -87,7 +132,7 @@ def backward_reduce(
         *_sides(activation, side), walk.C, walk.S, walk.tiles, walk.splits, walk.blocks, walk.num_channels, group,
         _num_affine(weight, bias), warps=walk.warps, **_activation(activation, slope), **_tile(walk),
     )  # fmt: skip
-    return sum_parts(partial, torch.float64)
+    return partial
 
 
 def sum_parts(partial: Tensor, dtype: torch.dtype) -> Tensor:
@@ -119,15 +164,38 @@ def backward_input(
     weighted_means: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """``rstd·weight·(g' - ⟨g'⟩ - x̂⟨g'·x̂⟩)``; and g' where asked for. ``means`` [2, C / group], see the kernel."""
+    dx, dresidual = like(x), like(x) if needs_residual and activation else None
+    input_gradient_into(
+        dx, dresidual, grad, x, mean, rstd, weight, means, None, bias, activation, slope, side, group, weighted_means
+    )  # fmt: skip
+    return dx, x.new_empty(0) if dresidual is None else dresidual
+
+
+def input_gradient_into(
+    dx: Tensor,
+    dresidual: Tensor | None,
+    grad: Tensor,
+    x: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    weight: Tensor | None,
+    means: Tensor,
+    count: Tensor | None,
+    bias: Tensor | None,
+    activation: str,
+    slope: float,
+    side: Tensor | None,
+    group: int = 1,
+    weighted_means: bool = False,
+) -> None:
+    """:func:`backward_input` into ``dx`` and ``dresidual``. With a ``count``, ``means`` are sums to be divided by it."""
     walk = plan_walk(x, tensors=2)
-    dx, dresidual = _like(x), _like(x) if needs_residual and activation else None
     launch(
         kernels.backward_input_kernel, -(-walk.tiles // walk.steps) * walk.blocks, grad, x, dx, dresidual,
-        *dense(mean, rstd, weight, bias, means), *_sides(activation, side), walk.C, walk.S, walk.tiles, walk.blocks,
+        *dense(mean, rstd, weight, bias, means), count, *_sides(activation, side), walk.C, walk.S, walk.tiles, walk.blocks,
         walk.steps, means.size(1), group, _num_affine(weight, bias),
         warps=walk.warps, **_activation(activation, slope), WEIGHTED_MEANS=weighted_means, **_tile(walk),
     )  # fmt: skip
-    return dx, x.new_empty(0) if dresidual is None else dresidual
 
 
 def _tile(walk: Walk) -> dict[str, Any]:
@@ -139,7 +207,7 @@ def _activation(name: str, slope: float) -> dict[str, Any]:
     return {"ACTIVATION": CODES[name], "SLOPE": slope if name == "leaky_relu" else 0.0}
 
 
-def _like(x: Tensor) -> Tensor:
+def like(x: Tensor) -> Tensor:
     """An output in the layout of ``x``."""
     if x.is_contiguous():
         return empty(*x.shape, dtype=x.dtype, device=x.device)

@@ -17,6 +17,7 @@ __all__ = [
     "backward_input_kernel",
     "backward_reduce_kernel",
     "merge_kernel",
+    "merged",
     "moments_kernel",
     "normalize_kernel",
     "sum_kernel",
@@ -77,6 +78,16 @@ def merge_kernel(
 ):  # fmt: skip
     """Merge the partials of ``splits`` and of ``group`` adjacent channels: mean, and M2 or ``1/sqrt(M2/count + eps)``."""
     ids = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    count, _, centre, m2 = merged(partial, ids, num_stats, group, splits, BLOCK, PARTS)
+    tl.store(mean + ids, centre, mask=ids < num_stats)
+    if RSTD:
+        m2 = 1.0 / tl.sqrt(m2 / tl.maximum(count, 1.0) + EPS)
+    tl.store(spread_out + ids, m2, mask=ids < num_stats)
+
+
+@triton.jit
+def merged(partial, ids, num_stats, group, splits, BLOCK: tl.constexpr, PARTS: tl.constexpr):
+    """Count, sum, mean and M2 of the stats ``ids``, each of ``splits`` partials of ``group`` adjacent channels."""
     parts = splits * group
     num_channels = num_stats * group
     count = tl.zeros([BLOCK], tl.float64)
@@ -97,10 +108,7 @@ def merge_kernel(
         n = tl.load(at, mask=mask, other=0.0)
         d = tl.load(at + num_channels, mask=mask, other=0.0) - centre[None, :]
         m2 += tl.sum(tl.load(at + 2 * num_channels, mask=mask, other=0.0) + n * d * d, 0)
-    tl.store(mean + ids, centre, mask=ids < num_stats)
-    if RSTD:
-        m2 = 1.0 / tl.sqrt(m2 / tl.maximum(count, 1.0) + EPS)
-    tl.store(spread_out + ids, m2, mask=ids < num_stats)
+    return count, total, centre, m2
 
 
 @triton.jit(do_not_specialize=_SHAPES)
@@ -185,13 +193,14 @@ def sum_kernel(partial, out, width, parts, BLOCK: tl.constexpr, PARTS: tl.conste
 
 @triton.jit(do_not_specialize=_SHAPES)
 def backward_input_kernel(
-    grad, x, dx, dresidual, mean, rstd, weight, bias, means, residual, bits, C, S, tiles, blocks, steps, num_stats, group,
-    num_affine, ALIGN: tl.constexpr, CHANNELS_LAST: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
+    grad, x, dx, dresidual, mean, rstd, weight, bias, means, count, residual, bits, C, S, tiles, blocks, steps, num_stats,
+    group, num_affine, ALIGN: tl.constexpr, CHANNELS_LAST: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
     ACTIVATION: tl.constexpr, SLOPE: tl.constexpr, WEIGHTED_MEANS: tl.constexpr,
 ):  # fmt: skip
     """``rstd·(weight·g' - ⟨g'⟩ - x̂⟨g'·x̂⟩)``, and g' itself for the residual.
 
-    ``means`` [2, stats] are of weight·g' if WEIGHTED_MEANS (group norm), else of g' (the weight then stands before all).
+    ``means`` [2, stats] are of weight·g' if WEIGHTED_MEANS (group norm), else of g' (the weight then stands before all);
+    where a ``count`` is given they are sums yet, to be divided by it.
     """
     ACC: tl.constexpr = tl.float64 if x.dtype.element_ty == tl.float64 else tl.float32
     program = tl.num_programs(0) - 1 - tl.program_id(0)
@@ -206,6 +215,8 @@ def backward_input_kernel(
     factor = s
     if weight is not None and not WEIGHTED_MEANS:
         factor = s * tl.load(weight + ids % num_affine, mask=exists, other=0.0).to(tl.float64)
+    if count is not None:
+        factor = factor / tl.maximum(tl.load(count), 1.0)
     at_means = means + ids // group
     constant = factor * tl.load(at_means, mask=exists, other=0.0)
     slope_x = factor * s * tl.load(at_means + num_stats, mask=exists, other=0.0)
