@@ -2,6 +2,7 @@
 
 import os
 import signal
+import threading
 import time
 import warnings
 from collections.abc import Callable
@@ -251,6 +252,27 @@ def test_a_rank_that_is_interrupted_while_all_agree_is_named_at_once(victim: int
             f"rank {victim} was interrupted (KeyboardInterrupt) at the first exchange of the process"
         )
         assert seconds < 5
+
+
+def _killed_while_all_agree(victim: int) -> tuple[float, str]:
+    group = resolve(GroupSpec())
+    if dist.get_rank() == victim:
+        threading.Timer(0.5, os._exit, [1]).start()
+    if dist.get_rank() == 2:
+        time.sleep(2)
+    began = time.monotonic()
+    with pytest.raises(SyncNormPeerLost) as caught:
+        sum_row(torch.ones(3, dtype=torch.float64), group)
+    return time.monotonic() - began, str(caught.value)
+
+
+@pytest.mark.gloo
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_rank_that_is_killed_while_all_agree_is_named(victim: int) -> None:
+    outcomes = run_ranks(_killed_while_all_agree, 3, victim, group_timeout=20, lost=[victim])
+    for seconds, text in outcomes[:victim] + outcomes[victim + 1 :]:
+        assert text.startswith(f"rank {victim} is gone (process ") and seconds < 6
+        assert "has ended) at the first exchange of the process group of ranks [0, 1, 2], and does not come." in text
 
 
 def test_groups_of_other_backends_have_the_collective() -> None:

@@ -8,9 +8,12 @@ from typing import Any
 import torch.distributed as dist
 
 from syncnorm.distributed.notes import printable
+from syncnorm.distributed.processes import has_ended, identity
 from syncnorm.errors import SyncNormPeerLost, SyncNormTimeout
 
 __all__ = ["Board"]
+
+_LOOK = 1.0  # seconds between two looks after a neighbour
 
 
 class Board:
@@ -30,26 +33,33 @@ class Board:
     def post(self, key: str, value: Any) -> None:
         self._store.set(key, json.dumps(value))
 
+    def introduce(self) -> None:
+        """Say which process this is, for :meth:`read` on the ranks beside it."""
+        self.post(f"process/{self.place}", identity())
+
     def read(self, keys: list[str]) -> list[Any]:
-        pause = 0.0002
+        """What these keys hold, once all are there; an error for all who read if a rank is seen not to come."""
+        pause, look = 0.0002, time.monotonic() + _LOOK
         while True:
             if self._store.check(["left"]):
-                rank, why = json.loads(self._store.get("left"))
+                text = printable(json.loads(self._store.get("left")), 400)
                 raise SyncNormPeerLost(
-                    f"rank {int(rank)} was interrupted ({printable(why, 300)}) at the first exchange of the process group of "
-                    f"ranks {list(self.members)}, and does not come."
+                    f"{text} at the first exchange of the process group of ranks {list(self.members)}, and does not come."
                 )
             if self._store.check(keys):
                 return [json.loads(self._store.get(key)) for key in keys]
             if time.monotonic() > self._deadline:
                 raise SyncNormTimeout(self.late())
+            if time.monotonic() > look:
+                self._look()
+                look = time.monotonic() + _LOOK
             time.sleep(pause)
             pause = min(1.5 * pause, 0.02)
 
     def leave(self, why: str) -> None:
         """Tell those who read on that this rank does not."""
         with suppress(RuntimeError):  # the store itself may have gone
-            self.post("left", [self.members[self.place], why])
+            self.post("left", f"rank {self.members[self.place]} was interrupted ({why})")
 
     def late(self) -> str:
         """Who has not come in time, in words."""
@@ -61,3 +71,10 @@ class Board:
             f"{who} to the first exchange of the process group of ranks {list(self.members)} within {self._limit:g} s, its "
             "time limit. All ranks of a group run its synchronised layers, in the same order."
         )
+
+    def _look(self) -> None:
+        """Tell all if the process of a rank beside this one has ended: two are few enough to ask for in a large group."""
+        for place in {(self.place + step) % len(self.members) for step in (-1, 1)}:
+            key = f"process/{place}"
+            if self._store.check([key]) and has_ended(record := json.loads(self._store.get(key))):
+                self.post("left", f"rank {self.members[place]} is gone (process {int(record['pid'])} has ended)")

@@ -115,7 +115,7 @@ def agree(name: str, device_type: str, asked: str) -> Way:
     Raises:
         SyncNormMismatch: On all ranks, if they were asked for different things.
         SyncNormError: On all ranks, if what they were asked for is impossible.
-        SyncNormPeerLost: If one is interrupted while they agree.
+        SyncNormPeerLost: If one is interrupted, or ends, while they agree.
         SyncNormTimeout: If a rank does not come within the group's time limit; the text names it.
     """
     members = group_ranks(name)
@@ -126,6 +126,7 @@ def agree(name: str, device_type: str, asked: str) -> Way:
     board = Board(dist.PrefixStore(str(store.add(f"made/{place}", 1)), store), place, members, limit)
     attempt = _Attempt(name, place, members, limit)
     try:
+        board.introduce()
         board.post(f"facts/{place}", facts(asked, device_type))
         verdict = _lead(board, attempt) if place == 0 else _follow(board, attempt)
     except SyncNormError:
