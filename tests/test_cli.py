@@ -118,6 +118,41 @@ def test_a_checkpoint_that_is_not_there_is_one_line(
     assert said == "syncnorm test: there is no checkpoint no.ckpt. (syncnorm test --help tells more)"
 
 
+@pytest.mark.parametrize(
+    ("callback", "said"),
+    [
+        (
+            "{class_path: SyncNorm, init_args: {to: ghost_batch_norm}}",
+            "to='ghost_batch_norm' needs virtual_batch_size=n",
+        ),
+        ("{class_path: SyncNorm, init_args: {watch: -1}}", "watch must be True, False or a number of seconds, got -1"),
+        ("{class_path: NormMonitor, init_args: {every_n_steps: 0}}", "NormMonitor: every_n_steps must be"),
+    ],
+)
+def test_what_a_callback_does_not_take_is_one_line(
+    callback: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "bad.yaml").write_text(f"trainer: {{accelerator: cpu, logger: false, callbacks: [{callback}]}}\n")
+    with pytest.raises(SystemExit) as stopped:
+        main(["fit", "-c", "bad.yaml"])
+    assert stopped.value.code == 2
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert line.startswith(f"syncnorm fit: {said}") and line.endswith("(syncnorm fit --help tells more)")
+
+
+def test_what_classes_of_others_raise_is_theirs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "own_callback.py").write_text(
+        "from lightning.pytorch import Callback\n"
+        "class Own(Callback):\n"
+        "    def __init__(self): raise ValueError('a defect of mine')\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ValueError, match="a defect of mine"):
+        main(["fit", "--trainer.accelerator=cpu", "--trainer.callbacks+=own_callback.Own"])
+
+
 def test_help_and_version_do_not_load_lightning() -> None:
     code = (
         "import sys; from syncnorm.cli import main\n"

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeAlias, Union, get_args, get_origin, get_type_hints
 
-__all__ = ["Count", "Equals", "Globs", "Shape", "Target", "add_command"]
+__all__ = ["Count", "Equals", "Folder", "Globs", "Shape", "Target", "add_command"]
 
 
 @dataclass(frozen=True)
@@ -37,6 +37,7 @@ _METAVARS: dict[Any, str] = {int: "N", float: "X", str: "NAME", Path: "FILE"}
 _FEW = 6  # choices that fit into a usage line
 
 Count: TypeAlias = Annotated[int, _Kind(_count, "N")]
+Folder: TypeAlias = Annotated[Path, _Kind(Path, "FOLDER")]
 Shape: TypeAlias = Annotated[tuple[int, ...], _Kind(_shape, "N,C,...")]
 Target: TypeAlias = Annotated[str, _Kind(str, "pkg.mod:factory")]
 Globs: TypeAlias = Annotated[tuple[str, ...], _Kind(str, "GLOB", repeated=True)]

@@ -13,7 +13,7 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
-from syncnorm.cli._arguments import Count
+from syncnorm.cli._arguments import Count, Folder
 from syncnorm.cli._files import atomic
 from syncnorm.conversion._table import Report, Table
 
@@ -66,7 +66,7 @@ def demo(
     batch_per_rank: Count = 2,
     epochs: Count | None = None,
     seeds: Count | None = None,
-    out: Path = Path("outputs"),
+    out: Folder = Path("outputs"),
     small: bool = False,
 ) -> Report:
     """Train on handwritten digits with local batch norm, with syncnorm and with GroupNorm.

@@ -2,6 +2,7 @@
 
 import inspect
 import sys
+import traceback
 from argparse import ArgumentError
 from importlib import import_module
 from pathlib import Path
@@ -49,6 +50,18 @@ class _DigitsCLI(LightningCLI):
             }
         )
 
+    def instantiate_classes(self) -> None:
+        """Lightning's; what a class of ours does not take is bad input, and what other classes raise is theirs."""
+        try:
+            super().instantiate_classes()
+        except Exception as error:
+            first: BaseException = error
+            while said := first.__cause__ or first.__context__:
+                first = said  # jsonargparse wraps it, and tells of all that it expected
+            if isinstance(first, ValueError | TypeError) and _is_ours(first):
+                raise ArgumentError(None, str(first)) from error
+            raise
+
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
         """Lightning's, without the option to load a checkpoint as a pickle, which may run code."""
@@ -67,6 +80,12 @@ class _DigitsCLI(LightningCLI):
                 "Install lightning>=2.6."
             )
         return given
+
+
+def _is_ours(error: BaseException) -> bool:
+    """Whether it was raised in this package."""
+    *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+    return str(frame.f_globals["__name__"]).startswith("syncnorm.")
 
 
 def _is_known(ckpt_path: str) -> bool:

@@ -44,9 +44,9 @@ class SyncNorm(Callback):
     ``"syncnorm"`` what its run was converted to.
 
     Args:
-        to: What batch norms become: ``"sync_batch_norm"``, ``"batch_renorm"``, ``"ghost_batch_norm"`` or
-            ``"frozen_batch_norm"`` while fitting; or for good ``"group_norm"``, ``"layer_norm"``, ``"instance_norm"`` or
-            any other target of :func:`syncnorm.convert`.
+        to: What batch norms become: ``"sync_batch_norm"``, ``"batch_renorm"``, ``"ghost_batch_norm"``,
+            ``"moving_average_batch_norm"`` or ``"frozen_batch_norm"`` while fitting; or for good ``"group_norm"``,
+            ``"layer_norm"``, ``"instance_norm"`` or any other target of :func:`syncnorm.convert`.
         include: Globs on qualified names (``"backbone.*"``); only these are converted. Empty for all.
         exclude: Globs on qualified names; these are left. Stronger than ``include``.
         process_group: Ranks that share statistics: ``"world"``, ``"node"`` (those of one machine) or a number of ranks.
