@@ -35,6 +35,7 @@ class Launch(NamedTuple):
     programs: int
     arguments: tuple[Any, ...]
     warps: int
+    registers: int | None
     constants: dict[str, Any]
 
 
@@ -43,8 +44,10 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> list[Launch]:
     """Primitives on meta tensors plan as for an H100, and what they launch is written here."""
     out: list[Launch] = []
 
-    def record(kernel: Any, programs: int, *arguments: Any, warps: int = 4, **constants: Any) -> None:
-        out.append(Launch(kernel, programs, arguments, warps, constants))
+    def record(
+        kernel: Any, programs: int, *arguments: Any, warps: int = 4, registers: int | None = None, **constants: Any
+    ) -> None:
+        out.append(Launch(kernel, programs, arguments, warps, registers, constants))
 
     monkeypatch.setattr(_batch, "launch", record)
     monkeypatch.setattr(_rows, "launch", record)
@@ -68,7 +71,7 @@ def compiled(launch: Launch, capability: int) -> Any:
         else:
             signature[parameter.name] = parameter.annotation_type or ("i32" if value < 2**31 else "i64")
     source = ASTSource(launch.kernel, signature, constants, attributes)
-    options = {"num_warps": launch.warps, "enable_fp_fusion": True}
+    options = {"num_warps": launch.warps, "enable_fp_fusion": True, "maxnreg": launch.registers}
     return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
 
 
@@ -145,6 +148,8 @@ def check_machine_code(launch: Launch, capability: int) -> None:
     assert used["STACK"] == used["LOCAL"] == 0 and ".local" not in ptx, (launch.kernel.__name__, used)
     if "ALIGN" not in launch.constants:
         return  # it adds partial results
+    if launch.constants.get("STAGES", 1) > 1:
+        assert "cp.async" in ptx, (launch.kernel.__name__, "fetches nothing ahead")
     wide = {"ld": 0, "st": 0}
     for kind, suffixes in re.findall(r"\b(ld|st)\.global((?:\.\w+)+)", ptx):
         vector = re.search(r"\.v(\d)", suffixes)
@@ -179,3 +184,18 @@ def test_kernels_for_ampere_and_blackwell(case: str, capability: int, launches: 
     CASES[case](torch.bfloat16)
     for launch in launches:
         check_machine_code(launch, capability)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("features", [128, 1024, 2048, 4096, 8192])
+def test_programs_that_share_the_rows_of_a_backward_run_at_once(
+    features: int, dtype: torch.dtype, launches: list[Launch]
+) -> None:
+    """Or those left over would begin when the others have ended: registers and shared memory are an H100's."""
+    row_primitives(dtype, features, True)
+    (launch,) = [launch for launch in launches if launch.kernel.__name__ == "row_backward_kernel"]
+    binary, at_once = compiled(launch, 90), launch.programs / 132
+    used = resources(binary)
+    assert used["STACK"] == used["LOCAL"] == 0
+    assert -(-used["REG"] // 8) * 8 * 32 * launch.warps * at_once <= 65536
+    assert (binary.metadata.shared + 1024) * at_once <= 228 << 10

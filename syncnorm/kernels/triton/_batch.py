@@ -48,7 +48,7 @@ def partial_moments(x: Tensor) -> tuple[Tensor, Walk]:
     partial = empty(walk.splits, 3, walk.num_channels, dtype=torch.float64, device=x.device)
     launch(
         kernels.moments_kernel, walk.blocks * walk.splits, x, partial, walk.C, walk.S, walk.tiles, walk.splits, walk.blocks,
-        walk.num_channels, warps=walk.warps, **_tile(walk),
+        walk.num_channels, warps=walk.warps, STAGES=walk.stages, **_tile(walk),
     )  # fmt: skip
     return partial, walk
 
@@ -130,7 +130,7 @@ def partial_sums(
     launch(
         kernels.backward_reduce_kernel, walk.blocks * walk.splits, grad, x, partial, *dense(mean, rstd, weight, bias),
         *_sides(activation, side), walk.C, walk.S, walk.tiles, walk.splits, walk.blocks, walk.num_channels, group,
-        _num_affine(weight, bias), warps=walk.warps, **_activation(activation, slope), **_tile(walk),
+        _num_affine(weight, bias), warps=walk.warps, STAGES=walk.stages, **_activation(activation, slope), **_tile(walk),
     )  # fmt: skip
     return partial
 

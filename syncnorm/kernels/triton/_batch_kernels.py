@@ -30,7 +30,7 @@ _SHAPES = ("C", "S", "tiles", "splits", "blocks", "steps", "num_channels", "num_
 @triton.jit(do_not_specialize=_SHAPES)
 def moments_kernel(
     x, partial, C, S, tiles, splits, blocks, num_channels,
-    ALIGN: tl.constexpr, CHANNELS_LAST: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
+    ALIGN: tl.constexpr, CHANNELS_LAST: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Partial moments, float64 [splits, 3 (count, mean, M2), channels].
 
@@ -52,7 +52,7 @@ def moments_kernel(
     pivot_tile = spread(pivot, CHANNELS_LAST)
     d = tl.where(mask, v - pivot_tile, 0.0)
     total, squares = d, d * d
-    for t in range(split + splits, tiles, splits):
+    for t in tl.range(split + splits, tiles, splits, num_stages=STAGES):
         row, col, rows, cols = locate(t, block, C, S, ALIGN, CHANNELS_LAST, ROWS, COLS)
         mask = (tl.arange(0, ROWS)[:, None] < rows) & (tl.arange(0, COLS)[None, :] < cols)
         v = tl.load(x + row * width + col + within, mask=mask, other=0.0).to(ACC)
@@ -146,7 +146,7 @@ def normalize_kernel(
 def backward_reduce_kernel(
     grad, x, partial, mean, rstd, weight, bias, residual, bits, C, S, tiles, splits, blocks, num_channels, group, num_affine,
     ALIGN: tl.constexpr, CHANNELS_LAST: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
-    ACTIVATION: tl.constexpr, SLOPE: tl.constexpr,
+    ACTIVATION: tl.constexpr, SLOPE: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Partial Σg' and Σg'·x̂, float64 [splits, 2, channels], with g' the gradient before the activation."""
     ACC: tl.constexpr = tl.float64 if x.dtype.element_ty == tl.float64 else tl.float32
@@ -160,7 +160,7 @@ def backward_reduce_kernel(
     )  # fmt: skip
     total = tl.zeros([ROWS, COLS], ACC)
     products = tl.zeros([ROWS, COLS], ACC)
-    for t in range(split, tiles, splits):
+    for t in tl.range(split, tiles, splits, num_stages=STAGES):
         row, col, rows, cols = locate(t, block, C, S, ALIGN, CHANNELS_LAST, ROWS, COLS)
         mask = (tl.arange(0, ROWS)[:, None] < rows) & (tl.arange(0, COLS)[None, :] < cols)
         at = row * width + col

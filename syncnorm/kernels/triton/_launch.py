@@ -27,14 +27,27 @@ def is_plain(x: Tensor) -> bool:
     return type(x) is Tensor or type(x) is Parameter
 
 
-def launch(kernel: Any, programs: int, first: Tensor, *arguments: Any, warps: int = 4, **constants: Any) -> None:
-    """Run ``programs`` instances of ``kernel`` on the device of ``first``; while something traces, record that instead."""
+def launch(
+    kernel: Any,
+    programs: int,
+    first: Tensor,
+    *arguments: Any,
+    warps: int = 4,
+    registers: int | None = None,
+    **constants: Any,
+) -> None:
+    """Run ``programs`` instances of ``kernel`` on the device of ``first``; while something traces, record that instead.
+
+    ``registers`` is the most that a thread may use, where the compiler can be told (it changes no result).
+    """
     if not is_plain(first):
         if isinstance(kernel, JITFunction) or not isinstance(first, FakeTensor):
             wrap_triton(kernel)[(programs,)](first, *arguments, num_warps=warps, **constants)
         return
     # Said, because triton 3.9 warns where it is not; what two kernels must round alike does not depend on it.
     constants |= {"num_warps": warps, "enable_fp_fusion": True}
+    if registers is not None and not torch.version.hip:
+        constants["maxnreg"] = registers
     if first.is_cuda and first.device.index != torch.cuda.current_device():
         with torch.cuda.device(first.device):
             kernel[(programs,)](first, *arguments, **constants)

@@ -1,7 +1,8 @@
 """Tile sizes and grids: plain numbers from shapes, no triton here.
 
 None has been timed yet. They follow from bytes in flight: 16-byte accesses, 64 bytes a thread, four warps, so that a few
-programs give a multiprocessor more than the 16 KiB in flight that 3 TB/s at 700 ns ask of it.
+programs give a multiprocessor more than the 16 KiB in flight that 3 TB/s at 700 ns ask of it. Reductions keep sums in most of
+their registers and fit three to nine times (of half precision the fewer); what they fetch ahead keeps 48 KiB on the way.
 """
 
 # N batch, C channels, S space; rows and columns of a tile as in _tiles
@@ -21,8 +22,13 @@ TILES_PER_SPLIT = 4  # at least, or writing the partials would show beside readi
 FORWARD_ROW = 16384  # features that a program holds in registers, half as many in float64
 BACKWARD_ROW = 8192  # the same with two sums beside them: at 16384 they spill
 ROW_TILE = 2048  # features of several short rows in one tile
+BACKWARD_TILE = 1024  # the same for the backward, whose pointers and sums would not fit ROW_REGISTERS
 ROW_CHUNK = 4096  # features of a long row at a time
-SHARED_BYTES = 96 << 10  # of a program's prefetched tiles: what the smallest multiprocessors since 8.0 have
+ROW_REGISTERS = (
+    128  # of a thread of the rows' backward, so that its 16 warps a multiprocessor run at once; spills nothing
+)
+SHARED_BYTES = 96 << 10  # of two programs' prefetched tiles: what the smallest multiprocessors since 8.0 have
+REDUCE_STAGES = 3  # of a reduction over tiles: two are on their way into shared memory while one is added up
 STEPS = 8  # tiles of one elementwise program where a tile has many channels, so that their vectors are read once
 
 
@@ -42,6 +48,7 @@ class Walk(NamedTuple):
         splits: Programs that share a block in a reduction.
         steps: Tiles of one program in an elementwise pass.
         warps: Warps of a program.
+        stages: Of the loop over tiles of a reduction. More than 1 fetch ahead, by accesses of 4 bytes at least.
     """
 
     C: int
@@ -56,6 +63,7 @@ class Walk(NamedTuple):
     splits: int
     steps: int
     warps: int
+    stages: int
 
 
 def plan_walk(x: Tensor, *, tensors: int) -> Walk:
@@ -75,11 +83,12 @@ def plan_walk(x: Tensor, *, tensors: int) -> Walk:
     else:
         tiles, blocks = instances * -(-S // cols), -(-C // rows)
     programs = PROGRAMS_PER_MULTIPROCESSOR * multiprocessors(x.device)
+    align = _power_of_two_in(inner, 16 // size)
     return Walk(
         C=C,
         S=S,
         channels_last=channels_last,
-        align=_power_of_two_in(inner, 16 // size),
+        align=align,
         rows=rows,
         cols=cols,
         tiles=tiles,
@@ -88,6 +97,7 @@ def plan_walk(x: Tensor, *, tensors: int) -> Walk:
         splits=max(1, min(programs // blocks, -(-tiles // TILES_PER_SPLIT))),
         steps=1 if rows == 1 else max(1, min(STEPS, tiles * blocks // programs)),
         warps=max(1, min(4, rows * cols * size // 1024)),
+        stages=REDUCE_STAGES if align * size >= 8 else 1,
     )
 
 
@@ -101,7 +111,7 @@ class Rows(NamedTuple):
         warps: Warps of a program.
         whole: Whether a tile holds whole rows.
         programs: Programs that share the rows, where each walks many.
-        stages: Of the loop over rows: 2 fetches the next tile into shared memory while this one is worked on.
+        stages: Of the loop over rows: 2 or 3 fetch the next tiles into shared memory while this one is worked on.
     """
 
     rows: int
@@ -118,11 +128,13 @@ def plan_rows(x: Tensor, *, backward: bool) -> Rows:
     M, D = map(int, x.shape)
     whole = (BACKWARD_ROW if backward else FORWARD_ROW) // (2 if x.dtype == torch.float64 else 1) >= D
     cols = max(8, power_of_two(D)) if whole else ROW_CHUNK
-    rows = max(1, min(power_of_two(M), ROW_TILE // cols))
-    warps = max(1, min(16, rows * cols // 512))
-    programs = multiprocessors(x.device) * max(1, 16 // warps)
+    small = backward and cols <= BACKWARD_TILE
+    rows = max(1, min(power_of_two(M), (BACKWARD_TILE if small else ROW_TILE) // cols))
+    warps = max(1, min(16, rows * cols // (256 if small else 512)))
+    at_once = max(1, 16 // warps)
     fetched = rows * cols * 3 * x.element_size() + cols * 4
-    stages = 2 if whole and fetched <= SHARED_BYTES else 1
+    stages = 1 + min(2, SHARED_BYTES // max(1, at_once // 2) // fetched) if whole else 1
+    programs = multiprocessors(x.device) * at_once
     align = _power_of_two_in(D, 16 // x.element_size())
     return Rows(rows, cols, align, warps, whole, min(programs, -(-M // rows)), stages)
 
