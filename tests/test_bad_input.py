@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import nn
 
 import syncnorm
-from syncnorm.functional import sync_batch_norm
+from syncnorm.functional import ghost_batch_norm, masked_batch_norm, sync_batch_norm
 from syncnorm.modules import EvoNormB0, SwitchableNorm2d
 from syncnorm.testing import run_ranks
 
@@ -45,6 +45,19 @@ def test_constructor_refuses_what_cannot_work() -> None:
         syncnorm.SyncBatchNorm2d(3, process_group="all")
     with pytest.raises(TypeError, match=r"a ProcessGroup or a DeviceMesh, got dict"):
         syncnorm.SyncBatchNorm2d(3, process_group={})
+
+
+def test_functions_take_no_option_that_would_have_no_effect() -> None:
+    x, mean, var = torch.randn(4, 3), torch.zeros(3), torch.ones(3)
+    pending = torch.zeros(8, dtype=torch.float64)
+    for normalize in (sync_batch_norm, functools.partial(masked_batch_norm, mask=torch.ones(4))):
+        with pytest.raises(ValueError, match=r"accumulate=4 gathers micro-batches in pending, which is None"):
+            normalize(x, running_mean=mean, running_var=var, training=True, accumulate=4)
+        with pytest.raises(ValueError, match=r"accumulate is a number of micro-batches, at least 1; got 0"):
+            normalize(x, running_mean=mean, running_var=var, training=True, pending=pending, accumulate=0)
+    with pytest.raises(ValueError, match=r"virtual_batch_size is a number of samples, at least 1; got 0"):
+        ghost_batch_norm(x, mean, var, 0, training=True)
+    assert not mean.any() and not pending.any()
 
 
 @pytest.mark.parametrize("training", [True, False])

@@ -70,7 +70,7 @@ def ghost_batch_norm(
         Tensor like ``input``.
 
     Raises:
-        ValueError: If the input does not fit, or a whole ghost has one value per channel.
+        ValueError: If the input does not fit, a whole ghost has one value per channel, or ``virtual_batch_size`` is below 1.
         TypeError: If the input is not floating point.
         SyncNormError: As :func:`sync_batch_norm`.
         SyncNormMismatch: As :func:`sync_batch_norm`.
@@ -84,6 +84,8 @@ def ghost_batch_norm(
     tracks = (running_mean is not None or num_batches_tracked is not None) and not is_recomputing()
     try:
         enter(input, eps, ghost_group, num_features, input_dims, site, backend)
+        if virtual_batch_size < 1:
+            raise ValueError(f"virtual_batch_size is a number of samples, at least 1; got {virtual_batch_size}.")
         sizes = _cut(input, virtual_batch_size) if ghost_group.size == 1 else [input.size(0)]
         if ghost_group.size == 1 and count_per_channel(input) == 1:
             raise ValueError(

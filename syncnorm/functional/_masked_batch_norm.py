@@ -7,7 +7,7 @@ from syncnorm.core.layout import accumulate_dtype
 from syncnorm.core.running import RunningStatistics
 from syncnorm.functional._nonfinite import OnNonFinite, check_policy
 from syncnorm.functional._samples import beside
-from syncnorm.functional._sync_batch_norm import enter, evaluate, tell_others, validate
+from syncnorm.functional._sync_batch_norm import check_pending, enter, evaluate, tell_others, validate
 from syncnorm.functional._sync_moments import sync_moments
 
 __all__ = ["masked_batch_norm"]
@@ -75,6 +75,8 @@ def masked_batch_norm(
     ranks = enter(input, eps, group, num_features, input_dims, site)
     try:
         check_policy(on_nonfinite)
+        if accumulate != 1:
+            check_pending(pending, accumulate, running_mean)
         weights = _weights(input, mask)
         # What is not finite and does not count: its gradient, though multiplied by 0, would make γ's NaN.
         counts = (weights > 0) | input.isfinite()

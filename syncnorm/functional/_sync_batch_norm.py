@@ -22,7 +22,7 @@ from syncnorm.functional._nonfinite import OnNonFinite, check_policy
 from syncnorm.functional._walk import Walk
 from syncnorm.kernels import choose
 
-__all__ = ["enter", "evaluate", "needs_grad", "sync_batch_norm", "tell_others", "validate"]
+__all__ = ["check_pending", "enter", "evaluate", "needs_grad", "sync_batch_norm", "tell_others", "validate"]
 
 
 def sync_batch_norm(
@@ -95,8 +95,8 @@ def sync_batch_norm(
 
     Raises:
         ValueError: If the input or the residual does not fit, eps is not positive, or the whole group has one value per
-            channel; for an unknown activation; or if ``memory_efficient`` goes with what cannot be inverted, a weight near
-            zero included.
+            channel; for an unknown activation; if ``memory_efficient`` goes with what cannot be inverted, a weight near
+            zero included; or if ``accumulate`` is below 1, or has no ``pending`` to gather in.
         TypeError: If the input is not floating point.
         SyncNormError: If this rank is outside the group, the group is gone, or the named backend refuses.
         SyncNormMismatch: If ranks are at different places, disagree on the backward to come, or one refused its input.
@@ -117,6 +117,8 @@ def sync_batch_norm(
     try:
         act = find_activation(activation, negative_slope)
         check_policy(on_nonfinite)
+        if accumulate != 1:
+            check_pending(pending, accumulate, running_mean)
         check_residual(input, residual)
         if memory_efficient:
             check_invertible(weight, bias, residual, act)
@@ -138,6 +140,17 @@ def sync_batch_norm(
         activation=act, memory_efficient=memory_efficient, refuses_nonfinite=on_nonfinite == "raise",
     )  # fmt: skip
     return batch_normalize(input, weight, bias, walk, running if has_statistics else None, residual)
+
+
+def check_pending(pending: Tensor | None, accumulate: int, running_mean: Tensor | None) -> None:
+    """Raise if micro-batches are to be gathered and there is nothing to gather them in."""
+    if accumulate < 1:
+        raise ValueError(f"accumulate is a number of micro-batches, at least 1; got {accumulate}.")
+    if pending is None and running_mean is not None:
+        raise ValueError(
+            f"accumulate={accumulate} gathers micro-batches in pending, which is None: the running statistics would move with "
+            "each of them. Keep pending=torch.zeros(2 * C + 2, dtype=torch.float64) and give it to every call."
+        )
 
 
 def needs_grad(*tensors: Tensor | None) -> bool:
