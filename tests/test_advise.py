@@ -304,6 +304,13 @@ def test_report_is_text_and_data() -> None:
     ("model", "batches", "options", "error", "text"),
     [
         (nn.Linear(64, 2), [torch.zeros(2, 64)], {}, ValueError, "there is no batch norm to look at"),
+        (
+            nn.Sequential(nn.LazyBatchNorm1d()),
+            [torch.zeros(2, 64)],
+            {},
+            ValueError,
+            "0 is lazy, its channels are not known",
+        ),
         (nn.LayerNorm(64), [torch.zeros(2, 64)], {}, ValueError, "have no statistics of a batch"),
         (mlp(8), [], {}, ValueError, "advise needs at least one batch with samples on some rank, got none"),
         (mlp(8), iter([torch.zeros(0, 64)]), {}, ValueError, "got none. Check the loader's length"),
@@ -313,7 +320,7 @@ def test_report_is_text_and_data() -> None:
         (mlp(8), [torch.zeros(2, 64)], {"num_batches": 2.0}, ValueError, "num_batches must be a whole number"),
         (mlp(8), [torch.zeros(2, 64)], {"include": "9"}, ValueError, "include"),
     ],
-    ids=["no norm", "sample norm", "empty", "no samples", "nan", "dict", "ranks", "num_batches", "include"],
+    ids=["no norm", "lazy", "sample norm", "empty", "no samples", "nan", "dict", "ranks", "num_batches", "include"],
 )
 def test_bad_input_is_one_line(model: nn.Module, batches: Any, options: Any, error: type, text: str) -> None:
     with pytest.raises(error, match=re.escape(text)) as caught:

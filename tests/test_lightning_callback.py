@@ -62,6 +62,11 @@ def test_one_device_is_plain_batch_norm_bit_for_bit(said: list[str]) -> None:
     ]
 
 
+def test_only_plain_batch_norm_is_said_to_be_that(said: list[str]) -> None:
+    alone(Training(), SyncNorm("batch_renorm"))
+    assert said == ["SyncNorm: 1 BatchNorm2d -> BatchRenorm2d, 1 BatchNorm1d -> BatchRenorm1d (1 rank); 0 skipped"]
+
+
 @pytest.mark.parametrize("to", ["group_norm", "layer_norm", "instance_norm"])
 def test_other_targets_stay_after_the_fit(to: Any, said: list[str]) -> None:
     module = Training()

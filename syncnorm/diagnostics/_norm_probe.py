@@ -17,6 +17,7 @@ from typing import Any, ClassVar, NamedTuple, TypeAlias
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _LazyNormBase
 from typing_extensions import Self
 
 from syncnorm.calibration._population import moments_given
@@ -102,6 +103,9 @@ class NormProbe:
             and not layer.metric
         }
         if not self.layers:
+            lazy = [name for name, module in model.named_modules() if isinstance(module, _LazyNormBase)]
+            if lazy:
+                raise ValueError(f"{lazy[0]} is lazy, its channels are not known yet. Run the model once first.")
             raise ValueError(
                 "there is no batch norm to look at. Norms of single samples (GroupNorm, LayerNorm, ...) have no statistics of "
                 "a batch; see print(syncnorm.inspect(model))."

@@ -141,7 +141,7 @@ class Surgery:
             return ""
         size, world = self.group_sizes()
         if world == 1:
-            return " (1 rank: plain batch norm until there are more)"
+            return " (1 rank: plain batch norm until there are more)" if self.to == "sync_batch_norm" else " (1 rank)"
         return f" ({world} ranks{'' if size == world else f' in groups of {size}'}, {dist.get_backend()})"
 
     def _selection(self, model: nn.Module, *, last: bool) -> dict[str, Any] | None:
