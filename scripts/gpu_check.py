@@ -25,6 +25,8 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
 sys.path[:0] = [str(HERE), str(ROOT)]
 
+from gpu_parts import targets
+
 TOTAL = 470.0
 BEGAN = time.monotonic()  # before torch is imported, which takes long on a machine that has just started
 
@@ -35,9 +37,12 @@ PARTS = {
     "training": (80, "Training steps: captured, compiled, without a host sync, the same bits twice, autocast, memory"),
     "layers": (110, "Whole layers, forward and backward, against their peers"),
     "ranks": (60, "Ranks: NCCL, and several that share a device over gloo"),
+    "pair": (40, "A layer of two ranks that share a device, against nn.SyncBatchNorm"),
     "large": (40, "More than 2^31 elements"),
     "models": (80, "ResNet-50 and a segmentation head in training"),
+    "tune": (400, "The numbers of a plan one at a time, against what they are"),
 }
+USUAL = [name for name in PARTS if name != "tune"]
 TESTS = {
     "kernels": ["tests/gpu/test_kernels.py"],
     "training": ["tests/gpu/test_layers.py", "tests/gpu/test_norm_probe.py"],
@@ -50,7 +55,7 @@ def main() -> int:
     """0 unless a test failed or a part broke down."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder for the report")
-    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="only these")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=USUAL, help="only these (tune by name only)")
     parser.add_argument("--dry", action="store_true", help="small, on the CPU, interpreted: the numbers mean nothing")
     parser.add_argument("--only", choices=PARTS, help=argparse.SUPPRESS)  # the process of one part
     arguments = parser.parse_args()
@@ -174,6 +179,8 @@ def markdown(report: dict[str, Any]) -> str:
     lines = ["# On a GPU", "", f"{facts}.", "", "Made by `scripts/gpu_check.py`.", ""]
     if report["dry"]:
         lines += ["**A dry run on the CPU: the numbers mean nothing.**", ""]
+    elif any(result["rows"] for result in report["parts"].values()):
+        lines += ["## Targets", "", *targets.lines(report["parts"]), ""]
     for name, result in report["parts"].items():
         reason = f" ({result['reason']})" if result["reason"] else ""
         lines += [f"## {PARTS[name][1]}", "", f"{result['status']}{reason}, {result['seconds']} s.", ""]

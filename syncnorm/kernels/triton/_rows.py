@@ -8,10 +8,10 @@ They are also registered as operators, so activations are names (``""`` for none
 from torch import Tensor
 
 from syncnorm.core.layout import accumulate_dtype
-from syncnorm.kernels.triton import _batch, _batch_kernels
+from syncnorm.kernels.triton import _batch, _batch_kernels, _plan
 from syncnorm.kernels.triton import _row_kernels as kernels
 from syncnorm.kernels.triton._launch import dense, empty, launch
-from syncnorm.kernels.triton._plan import ROW_REGISTERS, plan_row_weights, plan_rows, power_of_two
+from syncnorm.kernels.triton._plan import plan_row_weights, plan_rows, power_of_two
 
 __all__ = ["group_backward", "group_forward", "row_backward", "row_forward"]
 
@@ -55,7 +55,7 @@ def row_backward(
     held = (dweight, dbias) if plan.whole else (None, None)
     launch(
         kernels.row_backward_kernel, plan.programs, grad, h, grad_h, dx, *dense(weight, mean, rstd), *held, M, D, part or D,
-        plan.programs, warps=plan.warps, registers=ROW_REGISTERS,
+        plan.programs, warps=plan.warps, registers=_plan.ROW_REGISTERS,
         ALIGN=plan.align, WHOLE=plan.whole, ROWS=plan.rows, COLS=plan.cols, STAGES=plan.stages,
     )  # fmt: skip
     if by_columns is not None:
