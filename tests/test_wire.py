@@ -191,8 +191,9 @@ def test_ranks_asked_for_different_things_raise_alike() -> None:
     assert first[2] == "[3.0]"
 
 
-def _compares_otherwise() -> str:
+def _compares_otherwise(watch: float | None) -> str:
     os.environ["SYNCNORM_CHECK"] = ["inline", "off"][dist.get_rank()]
+    syncnorm.set_watch(watch)
     set_exchange("collective")  # where rows of two lengths end a healthy process
     layer = syncnorm.SyncBatchNorm1d(4)
     with pytest.raises(SyncNormMismatch) as caught:
@@ -203,9 +204,71 @@ def _compares_otherwise() -> str:
 
 
 @pytest.mark.gloo
-def test_ranks_that_compare_at_different_levels_raise_alike() -> None:
-    for text in run_ranks(_compares_otherwise, 2):
+@pytest.mark.parametrize("watch", [None, 10.0])
+def test_ranks_that_compare_at_different_levels_raise_alike(watch: float | None) -> None:
+    for text in run_ranks(_compares_otherwise, 2, watch):
         assert "ranks of one group compare at different levels: 'inline' on rank 0, 'off' on rank 1" in text
+
+
+def _set_otherwise(start: tuple[Any, str], change: tuple[str, str], watch: float | None) -> tuple[str, str, bool]:
+    setter, value = getattr(syncnorm, change[0]), change[1]
+    syncnorm.set_watch(watch)
+    syncnorm.set_exchange(start[0])
+    syncnorm.set_check(start[1])
+    layer, x = syncnorm.SyncBatchNorm1d(4), torch.randn(3, 4, requires_grad=True)
+    layer(x).sum().backward()
+    before = layer.running_mean.clone()
+    if dist.get_rank() == 1:
+        setter(value)
+    texts, another = [], syncnorm.SyncBatchNorm1d(4)
+    for each in (layer, another):  # as long as it lasts
+        with pytest.raises(SyncNormMismatch) as caught:
+            each(x)
+        texts.append(str(caught.value))
+    untouched = torch.equal(layer.running_mean, before)
+    setter(start[change[0] == "set_check"])  # what it was
+    layer(x).sum().backward()
+    setter(value)
+    another(x).sum().backward()
+    return texts[0], texts[1], untouched
+
+
+@pytest.mark.gloo
+@pytest.mark.parametrize(
+    ("start", "change", "watch"),
+    [
+        (("collective", "inline"), ("set_check", "off"), None),
+        (("collective", "inline"), ("set_check", "full"), None),
+        (("auto", "inline"), ("set_exchange", "collective"), None),
+        (("collective", "full"), ("set_exchange", "auto"), None),
+        (("collective", "inline"), ("set_check", "off"), 10.0),
+    ],
+)
+def test_a_rank_that_is_set_otherwise_alone_is_named(
+    start: tuple[Any, str], change: tuple[str, str], watch: float | None
+) -> None:
+    now = {"set_exchange": start[0], "set_check": start[1], **dict([change])}
+    says = f"ranks [1] in a change to the exchange {now['set_exchange']!r} and the check {now['set_check']!r}"
+    for *texts, untouched in run_ranks(_set_otherwise, 2, start, change, watch, group_timeout=10.0):
+        assert untouched and all(says in text and "ranks [0] in SyncBatchNorm1d" in text for text in texts)
+
+
+def _compares_alone() -> str:
+    syncnorm.set_exchange("collective")
+    syncnorm.set_check("off")
+    layer, x = syncnorm.SyncBatchNorm1d(4), torch.randn(3, 4)
+    layer(x)
+    if dist.get_rank():
+        syncnorm.set_check("inline")
+    with pytest.raises(RuntimeError) as caught:
+        layer(x)
+    return str(caught.value)
+
+
+@pytest.mark.gloo
+def test_a_rank_that_compares_alone_ends_no_process() -> None:
+    _, text = run_ranks(_compares_alone, 2, group_timeout=2.0, lost=[0])
+    assert "ranks [0] did not come to the first exchange of the process group of ranks [0, 1] within 2 s" in text
 
 
 def _absent(missing: int) -> tuple[float, str]:

@@ -14,13 +14,13 @@ import torch
 from torch import Tensor
 
 from syncnorm.distributed.groups import Group
-from syncnorm.distributed.ledger import NUM_WORDS, Call, check_level, ledger_of
+from syncnorm.distributed.ledger import NUM_WORDS, Call, Ledger, check_level, ledger_of, unsettled
 from syncnorm.distributed.notes import gather_notes
 from syncnorm.distributed.observers import observed
 from syncnorm.distributed.row import Payload, Sums, on_host, words_of
 from syncnorm.distributed.verdict import POISON, STAND_IN, Answer, check_word, compare, compare_later
 from syncnorm.distributed.watch import is_watching, sum_watched
-from syncnorm.distributed.wire import sum_row
+from syncnorm.distributed.wire import agree_on_check, forget, has_way_before, settings, sum_as_before, sum_row
 from syncnorm.errors import SyncNormMismatch, SyncNormPeerLost, SyncNormTimeout
 
 __all__ = ["POISON", "dismiss", "meet", "num_begun", "stand_in", "sum_traced"]
@@ -61,6 +61,8 @@ def meet(
         SyncNormMismatch: On every rank, if they are at different places or disagree on ``word``. For rows that are not in
             host memory it is raised at a later exchange, when the words have arrived there.
     """
+    if unsettled and group.name in unsettled:
+        _settle(group, payload.device)
     n = payload.num_words
     if not always and check_level() == "off":
         words: tuple[float, ...] = (word,) if direction == "forward" else ()
@@ -70,6 +72,8 @@ def meet(
             check_word(Answer.read([*heard, *[0.0] * (NUM_WORDS - 1)], group), group, word, None)
         return result
     ledger, call = ledger_of(group), call or _NOWHERE
+    if ledger.settings is None:
+        agree_on_check(group.name)
     words = (word, float(n), *call.hashes(direction, n))
 
     def place() -> str:
@@ -80,21 +84,44 @@ def meet(
         packed = (payload if fits else _nothing(payload.device)).pack(ledger.width, words)
         total = _sum(packed, group, place)
         ledger.exchanges += 1
+        if ledger.settings is None:
+            ledger.settings = settings()
         result, heard = payload.read(total, NUM_WORDS) if fits else (None, words_of(total, NUM_WORDS))
         if heard is None and always:
             heard = total[-NUM_WORDS:].tolist()
         if heard is None:
             compare_later(total[-NUM_WORDS:], group, call.place(direction), ledger)
         else:
-            try:
-                compare(heard, group, call, direction, word, ledger.exchanges, n)
-            except SyncNormMismatch:
-                ledger.failed.add(ledger.exchanges)
-                raise
+            _compare(heard, ledger, group, call, direction, word, n)
         if fits:
             return result
         if not ledger.grow(n):  # agreed upon, so it may go by itself
             return payload.read(_sum(payload.pack(n, ()), group, lambda: call.place(direction)), 0)[0]
+
+
+def _settle(group: Group, device: torch.device) -> None:
+    """Say, in an exchange as they were, that this rank was set otherwise: all ranks were, or it is an error on all."""
+    ledger, now = ledger_of(group), settings()
+    changed, compared = ledger.settings != now, ledger.settings is not None and ledger.settings[1] != "off"
+    is_watched = is_watching() and device.type == "cpu"
+    if changed and compared and (is_watched or has_way_before(group.name, device.type)):
+        change = f"change to the exchange {now[0]!r} and the check {now[1]!r}"
+        call = Call("", 0, ledger.exchanges, 0, None)
+        packed = _nothing(device).pack(ledger.width, (0.0, 0.0, *call.hashes(change, 0)))
+        total = _sum(packed, group, lambda: f"a {change}", sum_as_before)
+        ledger.exchanges += 1
+        _compare(total[-NUM_WORDS:].tolist(), ledger, group, call, change, 0.0, 0)
+    forget(group.name, changed=changed)
+    ledger.settings = now
+    unsettled.discard(group.name)
+
+
+def _compare(heard: list[float], ledger: Ledger, group: Group, call: Call, direction: str, word: float, n: int) -> None:
+    try:
+        compare(heard, group, call, direction, word, ledger.exchanges, n)
+    except SyncNormMismatch:
+        ledger.failed.add(ledger.exchanges)
+        raise
 
 
 def sum_traced(row: Tensor, group: Group, direction: str, word: float = 0.0) -> Tensor:
@@ -140,16 +167,18 @@ def _nothing(device: torch.device) -> Sums:
     return Sums(torch.zeros(0, dtype=torch.float64, device=device))
 
 
-def _sum(row: Tensor, group: Group, place: Callable[[], str]) -> Tensor:
+def _sum(
+    row: Tensor, group: Group, place: Callable[[], str], carry: Callable[[Tensor, Group], Tensor] | None = None
+) -> Tensor:
     """Sum the row, and say where this rank is if somebody does not come."""
     _own.begun += 1
-    return observed(row, _carry, row, group, place)
+    return observed(row, _carry, row, group, place, carry or sum_row)
 
 
-def _carry(row: Tensor, group: Group, place: Callable[[], str]) -> Tensor:
+def _carry(row: Tensor, group: Group, place: Callable[[], str], carry: Callable[[Tensor, Group], Tensor]) -> Tensor:
     if is_watching() and on_host(row):
         return sum_watched(row, group, place())
     try:
-        return sum_row(row, group)
+        return carry(row, group)
     except (SyncNormPeerLost, SyncNormTimeout) as error:
         raise type(error)(f"{error} This rank was in {place()}.") from error

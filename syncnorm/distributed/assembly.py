@@ -4,17 +4,18 @@ To make a process group waits for all of its ranks, and names nobody.
 """
 
 import json
-import os
 import time
 
 import torch.distributed as dist
 
 from syncnorm.distributed.collectives import group_store
 from syncnorm.distributed.groups import Group
+from syncnorm.distributed.ledger import check_level
 from syncnorm.distributed.notes import printable
 from syncnorm.distributed.processes import has_ended
 from syncnorm.distributed.wire.board import Board
-from syncnorm.errors import SyncNormError, SyncNormPeerLost, SyncNormTimeout
+from syncnorm.distributed.wire.handshake import unlike_checks
+from syncnorm.errors import SyncNormError, SyncNormMismatch, SyncNormPeerLost, SyncNormTimeout
 
 __all__ = ["GONE", "acquaintances", "assemble", "failure_of"]
 
@@ -34,19 +35,21 @@ def assemble(group: Group, ranks: tuple[int, ...], place: int, patience: float) 
     Raises:
         SyncNormPeerLost: If the process of a rank has ended.
         SyncNormTimeout: If a rank has not come in time.
+        SyncNormMismatch: If they compare at different levels.
     """
     store = dist.PrefixStore("watch", group_store(group.name))
     # Numbered, for a group that is made again has the same name and may have the same store.
     store = dist.PrefixStore(str(store.add(f"made/{place}", 1)), store)
     board = Board(store, place, ranks, patience)
-    board.post(f"facts/{place}", os.getpid())
+    board.post(f"facts/{place}", check_level())
     here, known = [f"facts/{other}" for other in range(len(ranks))], acquaintances()
     deadline, pause, found = time.monotonic() + patience, 0.001, ""
     while not found:
         told = {rank: json.loads(known.get(str(rank))) for rank in ranks if known.check([str(rank)])}
         gone = [rank for rank, record in told.items() if has_ended(record)]
         if store.check(here):
-            found = json.dumps(["here", ""])
+            unlike = unlike_checks([json.loads(level) for level in store.multi_get(here)], ranks)
+            found = json.dumps(["mismatch", unlike] if unlike else ["here", ""])
         elif gone:
             found = json.dumps(["lost", f"ranks {gone} are gone: their processes have ended. {GONE}"])
         elif time.monotonic() >= deadline:
@@ -61,8 +64,9 @@ def assemble(group: Group, ranks: tuple[int, ...], place: int, patience: float) 
 
 
 def failure_of(kind: str, text: str) -> SyncNormError:
-    """The error for a finding of some rank, which is ``"lost"`` or ``"late"``."""
-    return (SyncNormPeerLost if kind == "lost" else SyncNormTimeout)(text)
+    """The error for a finding of some rank, which is ``"lost"``, ``"late"`` or ``"mismatch"``."""
+    kinds = {"lost": SyncNormPeerLost, "late": SyncNormTimeout, "mismatch": SyncNormMismatch}
+    return kinds[kind](text)
 
 
 def acquaintances() -> dist.Store:

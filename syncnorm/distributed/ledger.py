@@ -27,7 +27,9 @@ __all__ = [
     "begin_call",
     "check_level",
     "ledger_of",
+    "note_change",
     "set_check",
+    "unsettled",
 ]
 
 LEVELS = ("off", "inline", "full")
@@ -39,9 +41,14 @@ _STEP = 128
 
 _level: str | None = None
 
+# Names of groups whose ranks have yet to tell each other of a set_check or set_exchange.
+unsettled: set[str] = set()
+
 
 def set_check(level: str) -> None:
     """Choose how much the ranks compare at every exchange of a synchronised layer; on all ranks alike.
+
+    A rank that alone chooses another level than before is an error on all of them at the next exchange (``"off"`` cannot tell).
 
     Args:
         level: ``"inline"``, the default: layer, direction, call, channels and dtype, within the row that is exchanged
@@ -55,7 +62,14 @@ def set_check(level: str) -> None:
     global _level
     if level not in LEVELS:
         raise ValueError(f"the check level must be one of {list(LEVELS)}, got {level!r}.")
-    _level = level
+    changes, _level = _level not in (None, level), level
+    if changes:
+        note_change()
+
+
+def note_change() -> None:
+    """What all ranks are to set alike has been set otherwise: at the next exchange of each group its ranks say so."""
+    unsettled.update(live.group_name for live in _LEDGERS)
 
 
 def check_level() -> str:
@@ -131,6 +145,7 @@ class Ledger:
         self.layers: WeakKeyDictionary[Any, list[int]] = WeakKeyDictionary()  # first exchange, forward calls
         self.failed: set[int] = set()  # exchanges; who first met at one of these, alone, did not
         self.deferred: deque[tuple[Tensor, Any, str, int]] = deque()
+        self.settings: tuple[str, str] | None = None  # that its ranks know to be the same on all: exchange, check
 
     def fits(self, n: int) -> bool:
         """Whether a row has room for ``n`` words beside those that ranks agree by."""

@@ -30,7 +30,7 @@ from syncnorm.distributed.collectives import (
 from syncnorm.distributed.groups import Group
 from syncnorm.distributed.notes import printable
 from syncnorm.distributed.processes import identity, is_running
-from syncnorm.errors import SyncNormError, SyncNormPeerLost, SyncNormTimeout
+from syncnorm.errors import SyncNormError
 
 __all__ = ["is_watching", "patience", "set_watch", "sum_watched"]
 
@@ -280,7 +280,7 @@ def _post(group: Group, where: str, patience: float) -> _Post:
         ranks, me = group_ranks(group.name), dist.get_rank()
         try:
             assemble(group, ranks, ranks.index(me), patience)
-        except (SyncNormPeerLost, SyncNormTimeout) as error:
+        except SyncNormError as error:
             raise type(error)(f"{error} This rank was in {where}.") from None
         name = make_beside(group.name, "watch", "gloo", limit)
         store = dist.PrefixStore(f"watch/{name}", group_store(group.name))

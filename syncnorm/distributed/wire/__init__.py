@@ -15,10 +15,21 @@ from torch import Tensor
 from syncnorm.core.traced import constant_while_traced
 from syncnorm.distributed.collectives import all_reduce_sum, find_group, group_backend
 from syncnorm.distributed.groups import Group
+from syncnorm.distributed.ledger import check_level, note_change, unsettled
 from syncnorm.distributed.wire.handshake import Way, agree, own_objection
 from syncnorm.errors import SyncNormError
 
-__all__ = ["Exchange", "describe", "set_exchange", "sum_row"]
+__all__ = [
+    "Exchange",
+    "agree_on_check",
+    "describe",
+    "forget",
+    "has_way_before",
+    "set_exchange",
+    "settings",
+    "sum_as_before",
+    "sum_row",
+]
 
 Exchange = Literal["auto", "collective", "shm", "symmetric"]
 
@@ -28,19 +39,22 @@ class _Ways(dict[str, Way]):
 
     def __init__(self) -> None:
         super().__init__()
-        self.lock = threading.Lock()
+        self.lock, self.check = threading.Lock(), check_level()
 
 
 _asked: Exchange | None = None
 # By the group itself and not by its name: the next group may have the same.
 _ways: WeakKeyDictionary[Any, _Ways] = WeakKeyDictionary()
+# Those from before a set_exchange: by them its ranks say that they were told so.
+_former: WeakKeyDictionary[Any, _Ways] = WeakKeyDictionary()
 
 
 def set_exchange(name: Exchange | None) -> Exchange | None:
     """Say how the sums of synchronised layers travel between ranks, in this process.
 
     Every rank says the same, at the same point of its program: the ranks of a group compare at the next exchange, and a
-    difference is an error on all of them. The environment variable ``SYNCNORM_EXCHANGE`` says it from outside.
+    difference, or a rank that says something else alone, is an error on all of them (not where ``set_check("off")``). The
+    environment variable ``SYNCNORM_EXCHANGE`` says it from outside.
 
     Args:
         name: ``"collective"``: torch's all-reduce (gloo, NCCL). ``"shm"``: memory shared by the ranks of one host, for
@@ -62,8 +76,53 @@ def set_exchange(name: Exchange | None) -> Exchange | None:
     if name is not None:
         _check(name, "set_exchange takes")
     before, _asked = _asked, name
+    note_change()
+    for live, ways in _ways.items():
+        if live.group_name in unsettled:
+            _former.setdefault(live, ways)
     _ways.clear()  # groups agree anew
     return before
+
+
+def settings() -> tuple[str, str]:
+    """What is set in this process, and must be the same on all ranks: how rows travel, and how much is compared."""
+    return _setting(), check_level()
+
+
+def has_way_before(name: str, device_type: str) -> bool:
+    """Whether the named group agreed on a way for rows on a type of device, before the last change of settings."""
+    return device_type in _before(name)
+
+
+def sum_as_before(row: Tensor, group: Group) -> Tensor:
+    """:func:`sum_row` by what the group had agreed on before the last change of settings."""
+    carrier = _before(group.name)[row.device.type].carrier
+    return all_reduce_sum(row, group.name) if carrier is None else carrier.sum(row)
+
+
+def forget(name: str, *, changed: bool) -> None:
+    """What was before a change is no more: the named group agrees anew, or goes on as it was if nothing has changed."""
+    live = find_group(name)
+    before = _former.pop(live, None)
+    if changed:
+        _ways.pop(live, None)
+    elif before is not None:
+        _ways.setdefault(live, before)
+
+
+def agree_on_check(name: str) -> None:
+    """Before the first row that is compared: where the named group agreed at ``"off"``, it does so anew.
+
+    Ranks of which one alone compares would bring rows of two lengths, where gloo ends a healthy process.
+    """
+    ways = _ways.get(find_group(name), _Ways())
+    if ways.check != check_level() and all(way.carrier is None for way in ways.values()):
+        del _ways[find_group(name)]
+
+
+def _before(name: str) -> dict[str, Way]:
+    live = find_group(name)
+    return _former.get(live) or _ways.get(live) or {}
 
 
 def sum_row(row: Tensor, group: Group) -> Tensor:

@@ -20,7 +20,7 @@ from syncnorm.distributed.wire.board import Board
 from syncnorm.distributed.wire.crowding import crowded, own_cores, warn
 from syncnorm.errors import SyncNormError, SyncNormMismatch, SyncNormTimeout
 
-__all__ = ["Facts", "Way", "agree", "decide", "facts", "own_objection"]
+__all__ = ["Facts", "Way", "agree", "decide", "facts", "own_objection", "unlike_checks"]
 
 
 class Facts(NamedTuple):
@@ -78,14 +78,11 @@ def own_objection(asked: str, device_type: str) -> str | None:
 
 def decide(told: Sequence[Facts], members: Sequence[int]) -> tuple[str, str]:
     """The way for these ranks (``"mismatch"`` and ``"refused"`` are errors), and the reason."""
-    for what, where, values in (
-        ("were asked for different exchanges", "syncnorm.set_exchange, SYNCNORM_EXCHANGE", [f.asked for f in told]),
-        ("compare at different levels", "syncnorm.set_check, SYNCNORM_CHECK", [f.check for f in told]),
-    ):
-        first = {value: rank for rank, value in reversed(list(zip(members, values, strict=True)))}
-        if len(first) > 1:
-            one = ", ".join(f"{value!r} on rank {rank}" for value, rank in sorted(first.items(), key=lambda i: i[1]))
-            return "mismatch", f"ranks of one group {what}: {one}. Set the same on all of them ({where})."
+    where = "syncnorm.set_exchange, SYNCNORM_EXCHANGE"
+    unlike = _unlike("were asked for different exchanges", where, [fact.asked for fact in told], members)
+    unlike = unlike or unlike_checks([fact.check for fact in told], members)
+    if unlike:
+        return "mismatch", unlike
     if told[0].asked == "collective":
         return "collective", "asked for by name"
     wanted = "symmetric" if told[0].asked == "symmetric" else "shm"
@@ -93,6 +90,19 @@ def decide(told: Sequence[Facts], members: Sequence[int]) -> tuple[str, str]:
     if why_not is None:
         return wanted, f"{len(told)} ranks share memory on one host" if wanted == "shm" else "asked for by name"
     return _without(told, f"{wanted}: {why_not}")
+
+
+def unlike_checks(levels: Sequence[str], members: Sequence[int]) -> str:
+    """What is wrong with the levels at which these ranks compare; empty if they are one."""
+    return _unlike("compare at different levels", "syncnorm.set_check, SYNCNORM_CHECK", levels, members)
+
+
+def _unlike(what: str, where: str, values: Sequence[str], members: Sequence[int]) -> str:
+    first = {value: rank for rank, value in reversed(list(zip(members, values, strict=True)))}
+    if len(first) < 2:
+        return ""
+    one = ", ".join(f"{value!r} on rank {rank}" for value, rank in sorted(first.items(), key=lambda i: i[1]))
+    return f"ranks of one group {what}: {one}. Set the same on all of them ({where})."
 
 
 def _without(told: Sequence[Facts], why: str) -> tuple[str, str]:
