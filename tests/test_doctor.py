@@ -75,6 +75,7 @@ def in_group(spec: Any) -> nn.Module:
         (lambda: syncnorm.convert(plain().half()), {}, {}),
         (evaluating, {}, {"evaluating": ("1",)}),
         (lambda: evaluating().eval(), {}, {}),
+        (lambda: syncnorm.revert(evaluating()), {}, {"evaluating": ("1",)}),  # a frozen one needs nobody
         (lambda: syncnorm.convert(evaluating(), to="frozen_batch_norm"), {}, {}),
         (Checkpointed, {}, {"not-synchronised": ("norm",), "checkpointed": ("norm",)}),
         (flagged, {}, {"not-synchronised": ("0.1",), "checkpointed": ("0.1",)}),

@@ -123,6 +123,8 @@ def test_errors_say_what_to_do() -> None:
         syncnorm.GroupNorm(12)
     with pytest.raises(ValueError, match=r"num_groups=0 for 12"):
         syncnorm.GroupNorm(12, 0)
+    with pytest.raises(ValueError, match=r"the number of channels comes first, unlike in torch.*GroupNorm\(64, 32\)\."):
+        syncnorm.GroupNorm(32, 64)
     layer = syncnorm.GroupNorm(4, 2)
     with pytest.raises(ValueError, match=r"expected 4 channels in dim 1, got an input \[2, 3, 4\]\. The channels seem"):
         layer(torch.randn(2, 3, 4))

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 import syncnorm
+from syncnorm import modules
 from syncnorm.conversion._targets import TARGETS
 
 
@@ -104,6 +105,19 @@ def test_inspect_reports_every_kind_of_norm() -> None:
     assert text[0] == "1 × BatchNorm2d, 1 × Fused, 1 × LayerNorm, 1 × SyncBatchNorm1d"
     assert text[1].split() == ["layer", "class", "features", "affine", "statistics", "group", "notes"]
     assert text[2].endswith("also b.0")
+
+
+def test_inspect_reports_what_is_no_batch_norm_and_meets_ranks() -> None:
+    made = [
+        (modules.BatchNormLSTM(3, 4, max_length=5, process_group=2), ("4", "weight, bias", "float32", "2")),
+        (modules.LayerNormLSTM(3, 4), ("4", "weight, bias", "", "sample")),
+        (modules.RunningNorm((2, 3)), ("2×3", "no", "float64", "world")),
+        (modules.Standardize(3, process_group="node"), ("3", "no", "float64", "node")),
+        (modules.SwitchableNorm2d(3), ("3", "weight, bias", "float32", "world")),
+    ]
+    for module, expected in made:
+        shown = row(module)
+        assert (shown.features, shown.affine, shown.dtype, shown.group) == expected, shown
 
 
 def test_inspect_doubts_broken_statistics() -> None:

@@ -51,6 +51,9 @@ def explain(module: nn.Module, x: Any = None) -> str:
     Returns:
         Text, a paragraph for each of our layers and a line for batch norms that are not synchronised.
 
+    Raises:
+        TypeError: If ``module`` is no module, or the input of a layer no tensor.
+
     Example:
         >>> print(syncnorm.explain(syncnorm.SyncBatchNorm1d(8).eval()))
         SyncBatchNorm1d(8)

@@ -85,6 +85,9 @@ def _left(subject: Subject) -> Iterator[Finding]:
     converted_later = _callback(subject.trainer) is not None or _layer_sync(subject.trainer) == "SyncNormPlugin"
     entries = plan(subject.model).entries
     local = [e for e in entries if e.action == "swap" and not isinstance(e._layer.module, _SHARED)]
+    local = [
+        e for e in local if e._layer.module.training or not subject.model.training
+    ]  # else _modes has a word for it
     torchs = [display(e.name) for e in local if isinstance(e._layer.module, nn.SyncBatchNorm)]
     others = [display(e.name) for e in local if not isinstance(e._layer.module, nn.SyncBatchNorm)]
     if others and not converted_later:
@@ -152,7 +155,7 @@ def _modes(model: nn.Module, batch: list[Layer]) -> Iterator[Finding]:
         yield Finding(
             "evaluating",
             "in evaluation mode while the model trains: their statistics stand still and meet nobody",
-            'Say so with syncnorm.convert(model, to="frozen_batch_norm"), or call model.train() on every rank alike.',
+            'Say so with syncnorm.convert(model, to="frozen_batch_norm", include=[...]), or call model.train() on every rank alike.',
             names,
         )
 
@@ -237,7 +240,7 @@ def _broadcast(model: nn.Module, batch: list[Layer]) -> Iterator[Finding]:
         yield Finding(
             "broadcast-buffers",
             "DDP overwrites the running statistics of each group with those of rank 0 before every forward",
-            "Pass broadcast_buffers=False.",
+            "Set ddp_model.broadcast_buffers = False.",
             tuple(display(layer.names[0]) for layer in own),
         )
 

@@ -12,14 +12,16 @@ from syncnorm.conversion._layers import Layer, display, keeps_batch_statistics, 
 from syncnorm.conversion._table import Report, Table
 from syncnorm.conversion._verdict import judge
 from syncnorm.modules import EvoNormS0, FilterResponseNorm, SyncStatistics
-from syncnorm.modules._mixed_statistics import MixedStatistics
+from syncnorm.modules._lstm import NormLSTM
+from syncnorm.modules._over_ranks import OverRanks
 
 __all__ = ["NormReport", "NormRow", "inspect"]
 
 _OTHERS = (
     _InstanceNorm, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm, nn.LocalResponseNorm, nn.CrossMapLRN2d, FilterResponseNorm,
-    EvoNormS0, MixedStatistics,
+    EvoNormS0, OverRanks, NormLSTM,
 )  # fmt: skip
+_STATISTICS = ("running_mean", "running_var", "running_mean_l0", "mean")  # a batch norm's, an LSTM's, a RunningNorm's
 
 
 @dataclass(frozen=True)
@@ -30,7 +32,7 @@ class NormRow:
         name: Its first qualified name; empty for a model that is itself the layer.
         aliases: Its other names.
         type: Its class.
-        features: Channels, or the normalised shape.
+        features: Channels, the normalised shape, or the hidden size of an LSTM.
         affine: ``"weight, bias"``, ``"weight"`` or ``"no"``.
         dtype: Of the running statistics; empty without.
         group: Which ranks share its statistics; ``"local"`` for none but this one, ``"sample"`` where no batch is used.
@@ -107,9 +109,9 @@ def inspect(model: nn.Module) -> NormReport:
 
 def _row(layer: Layer, model: nn.Module) -> NormRow:
     module = layer.module
-    running = [_tensor(module, name) for name in ("running_mean", "running_var")]
+    running = [_tensor(module, name) for name in _STATISTICS]
     dtypes = sorted({str(t.dtype).removeprefix("torch.") for t in running if t is not None})
-    own = [name for name in ("weight", "bias") if _tensor(module, name) is not None]
+    own = [name for name in ("weight", "bias") if isinstance(module, NormLSTM) or _tensor(module, name) is not None]
     return NormRow(
         name=layer.names[0],
         aliases=tuple(layer.names[1:]),
@@ -125,7 +127,7 @@ def _row(layer: Layer, model: nn.Module) -> NormRow:
 def _features(module: nn.Module) -> str:
     if isinstance(module, nn.GroupNorm):
         return f"{module.num_channels} in {module.num_groups} groups"
-    for name in ("num_features", "normalized_shape", "dim"):
+    for name in ("num_features", "normalized_shape", "dim", "hidden_size", "shape"):
         if hasattr(module, name):
             value = getattr(module, name)
             return "×".join(map(str, value)) if isinstance(value, tuple) else str(value)
@@ -134,7 +136,7 @@ def _features(module: nn.Module) -> str:
 
 
 def _group(module: nn.Module) -> str:
-    if isinstance(module, SyncStatistics | MixedStatistics):
+    if isinstance(module, SyncStatistics | OverRanks):
         return str(module._group_spec) if module._sync else f"{module._group_spec}, disabled"
     if isinstance(module, nn.SyncBatchNorm):
         return "world" if module.process_group is None else "its own"

@@ -57,6 +57,12 @@ class GroupNorm(nn.GroupNorm):
         negative_slope: float = 0.01,
         backend: str = "auto",
     ) -> None:
+        if num_groups > num_channels > 0 and num_groups % num_channels == 0:
+            raise ValueError(
+                f"GroupNorm({num_channels}, {num_groups}): the number of channels comes first, unlike in torch, and "
+                f"{num_channels} channels are fewer than {num_groups} groups. If {num_channels} groups are meant, "
+                f"GroupNorm({num_groups}, {num_channels})."
+            )
         check_groups("GroupNorm", num_channels, num_groups)
         check_row_backend(backend)
         find_activation(activation, negative_slope)
