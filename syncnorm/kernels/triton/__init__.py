@@ -39,7 +39,11 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def objection(x: Tensor) -> str | None:
-    """Why these kernels cannot serve ``x``. Asked for by name they also run inside ``torch.compile``, without a graph break."""
+    """Why these kernels cannot serve ``x``.
+
+    Asked for by name they also run inside ``torch.compile``, without a graph break; tiles are constants there, so that each
+    new shape is compiled anew, of which Dynamo allows eight. ``"auto"`` takes any shape.
+    """
     if x.dtype not in _DTYPES:
         return f"the triton kernels know {[str(d).removeprefix('torch.') for d in _DTYPES]}, the input is {x.dtype}."
     if x.device.type not in ("cuda", "cpu"):

@@ -7,7 +7,7 @@ their registers and fit three to nine times (of half precision the fewer); what 
 
 # N batch, C channels, S space; rows and columns of a tile as in _tiles
 
-from functools import cache
+from functools import cache, lru_cache
 from typing import NamedTuple
 
 import torch
@@ -68,21 +68,28 @@ class Walk(NamedTuple):
 
 def plan_walk(x: Tensor, *, tensors: int) -> Walk:
     """A walk over ``tensors`` tensors like flat ``x``: [N, C, S] contiguous, [M, C], or [N, C, S] with strides (S·C, 1, C)."""
-    size = x.element_size()
-    if x.dim() == 2:
-        instances, channels_last, (S, C) = 1, True, map(int, x.shape)
+    knobs = (TILE_BYTES, CHANNELS_LAST_BYTES, PROGRAMS_PER_MULTIPROCESSOR, TILES_PER_SPLIT, REDUCE_STAGES, STEPS)
+    programs = PROGRAMS_PER_MULTIPROCESSOR * multiprocessors(x.device)
+    return _walk(tuple(map(int, x.shape)), x.is_contiguous(), x.element_size(), min(tensors, 2), programs, knobs)
+
+
+@lru_cache(maxsize=1024)  # found four times a layer and step, at 10 µs each
+def _walk(
+    shape: tuple[int, ...], contiguous: bool, size: int, tensors: int, programs: int, knobs: tuple[int, ...]
+) -> Walk:  # fmt: skip
+    if len(shape) == 2:
+        instances, channels_last, (S, C) = 1, True, shape
     else:
-        instances, C, S = map(int, x.shape)
-        channels_last = not x.is_contiguous()
+        instances, C, S = shape
+        channels_last = not contiguous
     inner, outer = (C, S) if channels_last else (S, C)
-    elements = TILE_BYTES // (size * min(tensors, 2))
+    elements = TILE_BYTES // (size * tensors)
     cols = max(8, min(power_of_two(inner), CHANNELS_LAST_BYTES // size if channels_last else elements))
     rows = max(1, min(power_of_two(outer), elements // cols))
     if channels_last:
         tiles, blocks = -(-S // rows), -(-C // cols) * instances
     else:
         tiles, blocks = instances * -(-S // cols), -(-C // rows)
-    programs = PROGRAMS_PER_MULTIPROCESSOR * multiprocessors(x.device)
     align = _power_of_two_in(inner, 16 // size)
     return Walk(
         C=C,
