@@ -507,6 +507,85 @@ def test_a_norm_that_activates_drops_the_activation() -> None:
     assert not bool((model(x) < 0).any())
 
 
+class Activating(nn.Module):
+    """One activation for two norms, a function, and code that depends on an attribute and an argument."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.bn1, self.bn2 = nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4), nn.BatchNorm2d(4)
+        self.relu, self.scale = nn.ReLU(inplace=True), 2.0
+
+    def forward(self, x: Tensor, more: float = 0.0) -> Tensor:
+        y = self.relu(self.bn1(self.conv(x))) * self.scale
+        y = functional.silu(self.bn2(y))
+        return self.relu(y - 0.3 + more)
+
+    def without(self, x: Tensor, more: float = 0.0) -> Tensor:
+        return self.relu(self.bn2(self.bn1(self.conv(x)) * self.scale) - 0.3 + more)
+
+
+def activating(to: str) -> tuple[Activating, Tensor]:
+    """A model whose norms activate, in evaluation, and an input to which it matters that nothing else does."""
+    options = {"evo_norm_s0": {"num_groups": 2}}.get(to, {})
+    model = syncnorm.convert(made(Activating), to, fuse=True, **options).eval()
+    for name, parameter in model.named_parameters():
+        if name.endswith("threshold"):
+            nn.init.constant_(parameter, -0.3)
+    return model, images(2, 4, 5, 5)
+
+
+NORMS_THAT_ACTIVATE = pytest.mark.parametrize("to", ["evo_norm_s0", "evo_norm_b0", "filter_response_norm"])
+
+
+@NORMS_THAT_ACTIVATE
+@pytest.mark.parametrize("through", [lambda model: model, copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
+def test_an_activation_that_was_dropped_stays_dropped_for_a_compiler(to: str, through: Any) -> None:
+    model, x = activating(to)
+    want = model.without(x)
+    torch._dynamo.reset()
+    compiled = torch.compile(through(model), backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(compiled(x), want, rtol=0, atol=1e-12)
+    for strict in (True, False):
+        exported = torch.export.export(through(model), (x,), strict=strict).module()
+        torch.testing.assert_close(exported(x), want, rtol=0, atol=1e-12)
+
+
+def _scaled(model: Activating) -> None:
+    model.scale = 3.0
+
+
+def _watched(model: Activating) -> None:
+    for module in model.modules():
+        module.register_forward_hook(lambda *_: None)
+        if module is not model.relu:  # torch lets no such hook see what is written to
+            module.register_full_backward_hook(lambda *_: None)
+
+
+@NORMS_THAT_ACTIVATE
+@pytest.mark.parametrize("change", [_scaled, _watched, lambda model: model.bn1.train()])
+def test_an_activation_that_was_dropped_stays_dropped_where_the_original_code_runs(to: str, change: Any) -> None:
+    for through in (lambda model: model, copy.deepcopy):
+        model, x = activating(to)
+        model = through(model)
+        want = copy.deepcopy(model)
+        change(want), change(model)
+        x = x.requires_grad_()
+        assert torch.equal(model(x), want.without(x))
+        assert torch.equal(model(x, more=1.0), want.without(x, more=1.0))
+        assert not any("_compiled_call_impl" in vars(module) for module in model.modules())
+
+
+def test_code_that_a_compiler_cannot_have_without_the_activation_is_refused_or_left_out() -> None:
+    model, x = activating("evo_norm_s0")
+    model.scale = 3.0
+    torch._dynamo.reset()
+    torch.testing.assert_close(torch.compile(model, backend="aot_eager")(x), model.without(x), rtol=0, atol=1e-12)
+    with pytest.raises(
+        syncnorm.SyncNormError, match="took out what activates the output of bn1, bn2, which activates its"
+    ):
+        torch.export.export(model, (x,), strict=False)
+
+
 def test_the_switch() -> None:
     with pytest.raises(TypeError, match="fuse must be True or False, got 'yes'"):
         syncnorm.convert(made(resnet), fuse="yes")

@@ -5,16 +5,23 @@ changed since, the original code runs.
 """
 
 import inspect
+import itertools
+import sys
+import weakref
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx, nn
 from torch.nn.modules import module as _globals
+from torch.overrides import TorchFunctionMode
 
-from syncnorm.conversion._match import Takes, fuse_graph
+from syncnorm.conversion._match import ACTIVATIONS, Takes, fuse_graph
 from syncnorm.conversion._trace import UntraceableError, graphs_of, hook_dicts, required_arguments
 from syncnorm.core.activation import Activation
+from syncnorm.core.traced import constant_while_traced
+from syncnorm.errors import SyncNormError
 from syncnorm.modules import EvoNormB0, EvoNormS0, FilterResponseNorm, GroupNorm, SyncStatistics
 
 __all__ = ["FusedForward", "apply", "takes_in", "unfuse"]
@@ -33,24 +40,48 @@ class FusedForward:
 
     def __init__(self, block: nn.Module, norms: Sequence[str], inline: Sequence[str]) -> None:
         self.block, self.norms, self.inline = block, tuple(norms), tuple(inline)
-        self._program: _Program | None = _build(block, self.norms, self.inline)
+        self._program: _Program | None = None
+        self._key = _known(self)
+        # What a compiler would bring back, and every other who runs the original code.
+        self._dropped = tuple(name for name in self.took if _activates(block.get_submodule(name)))
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        # A compiler fuses for itself, and sees through the original code.
-        if not torch.compiler.is_compiling():
-            if self._program is None:  # of a copy
-                self._program = _build(self.block, self.norms, self.inline)
-            given = self._program.arguments(args, kwargs)
-            if given is not None and self._program.holds():
-                return self._program.code[self.block.training](self.block, *given)
-        return type(self.block).forward(self.block, *args, **kwargs)
+        compiling = torch.compiler.is_compiling()
+        if not compiling or self._dropped:  # else a compiler fuses for itself, and sees through the original code
+            program = self._traced_program() if compiling else self.program
+            given = program.arguments(args, kwargs)
+            if given is not None and program.holds(self._dropped):
+                return program.code[self.block.training](self.block, *given)
+        if not self._dropped:
+            return type(self.block).forward(self.block, *args, **kwargs)
+        if compiling or any(isinstance(value, fx.Proxy) for value in (*args, *kwargs.values())):
+            raise SyncNormError(
+                f"convert(fuse=True) took out what activates the output of {', '.join(self._dropped)}, which activates itself. "
+                f"{type(self.block).__name__} has other hooks, attributes, submodules or arguments by now, and its code of now "
+                "cannot be traced without. Undo that, or compile the parts around this module."
+            )
+        forward = type(self.block).forward
+        if "torch._dynamo" in sys.modules:  # which would look through the calls in what it compiles of this
+            forward = torch.compiler.disable(forward)
+        with _WithoutActivation([self.block.get_submodule(name) for name in self._dropped]):
+            return forward(self.block, *args, **kwargs)
+
+    @property
+    def program(self) -> "_Program":
+        """The code; that of a copy is found when it is first called."""
+        if self._program is None:
+            self._program = _build(self.block, self.norms, self.inline)
+        return self._program
+
+    def _traced_program(self) -> "_Program":
+        _see_to_program(self._key)
+        assert self._program is not None
+        return self._program
 
     @property
     def took(self) -> dict[str, str]:
         """What each norm takes in, by the norm's name in the block; those that take in something."""
-        if self._program is None:
-            self._program = _build(self.block, self.norms, self.inline)
-        return self._program.took
+        return self.program.took
 
     @property
     def __signature__(self) -> inspect.Signature:
@@ -65,6 +96,26 @@ class FusedForward:
     def __getstate__(self) -> dict[str, Any]:
         # Code is not copied but found again, in what the copy's modules are then.
         return {**vars(self), "_program": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._key = _known(self)
+
+
+_forwards: "weakref.WeakValueDictionary[int, FusedForward]" = weakref.WeakValueDictionary()
+_keys = itertools.count()
+
+
+def _known(forward: FusedForward) -> int:
+    """A number by which :func:`_see_to_program` finds ``forward``: an argument that Dynamo passes on."""
+    key = next(_keys)
+    _forwards[key] = forward
+    return key
+
+
+@constant_while_traced
+def _see_to_program(key: int) -> bool:
+    return _forwards[key].program is not None
 
 
 def unfuse(module: nn.Module) -> None:
@@ -120,11 +171,46 @@ def apply(
     return y if activation is None else activation(y)
 
 
+class _WithoutActivation(TorchFunctionMode):
+    """Within, what activates the output of a norm that is an activation itself returns that output.
+
+    Args:
+        norms: The norms.
+    """
+
+    def __init__(self, norms: Sequence[nn.Module]) -> None:
+        super().__init__()
+        self.norms, self.before = norms, [norm.__dict__.get("_compiled_call_impl") for norm in norms]
+        self.outputs: list[Any] = []
+
+    def __enter__(self) -> Any:
+        for norm in self.norms:  # where their calls end, hooks and all
+            norm.__dict__["_compiled_call_impl"] = partial(self.call, norm._compiled_call_impl or norm._call_impl)
+        return super().__enter__()  # type: ignore[no-untyped-call]
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)  # type: ignore[no-untyped-call]
+        for norm, before in zip(self.norms, self.before, strict=True):
+            norm.__dict__.pop("_compiled_call_impl")
+            if before is not None:
+                norm.__dict__["_compiled_call_impl"] = before
+
+    def call(self, norm: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        self.outputs.append(norm(*args, **kwargs))
+        return self.outputs[-1]
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if getattr(func, "__name__", "") in ACTIVATIONS and any(args[0] is output for output in self.outputs):
+            return args[0]
+        return func(*args, **(kwargs or {}))
+
+
 class _Program(NamedTuple):
     """The code by mode, and what it was made from."""
 
     code: dict[bool, Callable[..., Any]]
     took: dict[str, str]
+    modes_agree: bool
     required: tuple[str, ...]
     defaults: dict[str, Any]
     modules: tuple[nn.Module, ...]
@@ -137,13 +223,15 @@ class _Program(NamedTuple):
         given = [*args, *(kwargs[name] for name in self.required[len(args) :] if name in kwargs)]
         others = [name for name in kwargs if name not in self.required[len(args) :]]
         usual = all(name in self.defaults and kwargs[name] is self.defaults[name] for name in others)
-        fits = usual and len(given) == len(self.required) and all(isinstance(value, Tensor) for value in given)
+        fits = (
+            usual and len(given) == len(self.required) and all(isinstance(value, (Tensor, fx.Proxy)) for value in given)
+        )
         return given if fits else None
 
-    def holds(self) -> bool:
-        """Whether the modules are as they were when the code was made."""
+    def holds(self, dropped: Sequence[str] = ()) -> bool:
+        """Whether the modules are as they were when the code was made, and that of a copy without what was dropped."""
         training = self.modules[0].training
-        return not (
+        return all(name in self.took for name in dropped) and not (
             any(self.hooks)
             or _globals._global_forward_hooks
             or _globals._global_forward_pre_hooks
@@ -151,7 +239,7 @@ class _Program(NamedTuple):
             or _globals._global_backward_pre_hooks
             or any(tuple(map(own.get, names)) != values for own, names, values in self.attributes)
             or any(now != then for now, then in self.children)
-            or any(module.training is not training for module in self.modules)
+            or (not self.modes_agree and any(module.training is not training for module in self.modules))
         )
 
 
@@ -162,25 +250,32 @@ def _build(block: nn.Module, norms: tuple[str, ...], inline: tuple[str, ...]) ->
     layers = {name: block.get_submodule(name) for name in norms}
     takes = {name: takes_in(type(norm), activates=_activates(norm)) for name, norm in layers.items()}
     silent: list[nn.Module] = []
+    sources: set[str] = set()
     try:
         for mode, graph in graphs_of(block, inlined).items():
             made = fuse_graph(block, graph, {name: each for name, each in takes.items() if each is not None}, apply)
             silent += [block.get_submodule(name) for fusion in made for name in fusion.modules]
             took |= {fusion.norm: fusion.took for fusion in made if fusion.took}
-            code[mode] = type(fx.GraphModule(block, graph)).forward
+            made_module = fx.GraphModule(block, graph)
+            code[mode] = type(made_module).forward
+            sources.add(made_module.code)
         required = required_arguments(block)
     except UntraceableError:  # a copy whose code has changed since
         code, required = dict.fromkeys((True, False), type(block).forward), required_arguments(block)
         took.clear()
     own = (block, *inlined)
+    changed = [
+        norm for name, norm in layers.items() if not (name in took and _activates(norm))
+    ]  # called in another way
     parameters = inspect.signature(type(block).forward).parameters
     return _Program(
         code=code,
         took=took,
+        modes_agree=len(sources) == 1,
         required=required,
         defaults={name: p.default for name, p in parameters.items() if p.default is not p.empty},
         modules=own,
-        hooks=tuple(hooks for module in (*inlined, *layers.values(), *silent) for hooks in hook_dicts(module)),
+        hooks=tuple(hooks for module in (*inlined, *changed, *silent) for hooks in hook_dicts(module)),
         attributes=(
             *(_attributes(module) for module in (*own, *silent)),
             *((vars(m), ("forward",), (vars(m).get("forward"),)) for m in (*inlined, *layers.values(), *silent)),

@@ -15,13 +15,14 @@ from torch.nn import functional
 from syncnorm.conversion._trace import hook_dicts
 from syncnorm.core.activation import Activation
 
-__all__ = ["Fusion", "Takes", "fuse_graph"]
+__all__ = ["ACTIVATIONS", "Fusion", "Takes", "fuse_graph"]
 
 _FUNCTIONS: dict[Any, str] = {
     functional.relu: "relu", torch.relu: "relu", torch.relu_: "relu", functional.relu_: "relu", "relu": "relu",
     "relu_": "relu", functional.leaky_relu: "leaky_relu", functional.leaky_relu_: "leaky_relu", functional.silu: "silu",
     functional.gelu: "gelu",
 }  # fmt: skip
+ACTIVATIONS = {getattr(function, "__name__", function) for function in _FUNCTIONS}
 _SUMS = (operator.add, operator.iadd, torch.add, "add", "add_")
 _MAKES_ITS_OUTPUT = (nn.modules.conv._ConvNd, nn.Linear)
 
@@ -86,7 +87,7 @@ class _Matcher:
         try:
             taken, residual, written, activation = self.followers(call)
             modules = tuple(str(node.target) for node in taken if node.op == "call_module")
-            if any(hook_dicts(self.root.get_submodule(name))):
+            if any(hook_dicts(self.root.get_submodule(name))) and not self.takes[name].drops:
                 raise _RefusedError("it has hooks, which would see another output")
             hooked = [module for module in modules if any(hook_dicts(self.root.get_submodule(module)))]
             if hooked:
