@@ -155,7 +155,7 @@ def _modes(model: nn.Module, batch: list[Layer]) -> Iterator[Finding]:
         yield Finding(
             "evaluating",
             "in evaluation mode while the model trains: their statistics stand still and meet nobody",
-            'Say so with syncnorm.convert(model, to="frozen_batch_norm", include=[...]), or call model.train() on every rank alike.',
+            'Say so with syncnorm.convert(model, to="frozen_batch_norm", include=[...]), or call model.train() on every rank.',
             names,
         )
 
