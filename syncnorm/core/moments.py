@@ -48,7 +48,8 @@ def empty_moments(num_features: int, device: torch.device) -> Moments:
 def stack_moments(parts: list[Moments]) -> Moments:
     """Stack Moments of equal shape along a new leading dim."""
     means = torch.stack([part.mean for part in parts])
-    counts = [torch.as_tensor(part.count, dtype=torch.float64, device=means.device) for part in parts]
+    # A number is written by a fill: a copy to an accelerator would make the host wait.
+    counts = [part.count if isinstance(part.count, Tensor) else means.new_full((), part.count) for part in parts]
     return Moments(torch.stack(counts), means, torch.stack([part.m2 for part in parts]))
 
 

@@ -19,6 +19,7 @@ LAYERS: dict[str, Callable[[], nn.Module]] = {
     "batch, cumulative": lambda: syncnorm.SyncBatchNorm2d(C, momentum=None, backend="triton"),
     "batch relu": lambda: syncnorm.SyncBatchNorm2d(C, activation="relu", backend="triton"),
     "batch renorm": lambda: syncnorm.modules.BatchRenorm2d(C, backend="triton"),
+    "ghosts": lambda: syncnorm.modules.GhostBatchNorm2d(C, 2, backend="triton"),
     "layer": lambda: syncnorm.modules.LayerNorm(28, backend="triton"),
     "rms": lambda: syncnorm.modules.RMSNorm(28, backend="triton"),
     "group silu": lambda: syncnorm.modules.GroupNorm(C, 32, activation="silu", backend="triton"),

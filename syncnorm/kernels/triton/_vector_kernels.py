@@ -19,11 +19,11 @@ _WORDS = ("w0", "w1", "w2", "w3", "w4", "w5")
 
 @triton.jit(do_not_specialize=["C", "splits", "width", *_WORDS])
 def finish_moments_kernel(
-    partial, mean, m2, rstd, row, C, splits, width,
+    partial, mean, m2, rstd, written_count, row, C, splits, width,
     w0: tl.int64, w1: tl.int64, w2: tl.int64, w3: tl.int64, w4: tl.int64, w5: tl.int64,
     EPS: tl.constexpr, WORDS: tl.constexpr, BLOCK: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
-    """Merge the partials of ``splits``: mean, M2 and ``1/sqrt(var + eps)``, or the row ``[count, n·μ, M2 + n·μ²]``."""
+    """Merge the partials of ``splits``: mean, M2, ``1/sqrt(var + eps)`` and count, or the row ``[count, n·μ, M2 + n·μ²]``."""
     ids = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     exists = ids < C
     count, total, centre, spread = merged(partial, ids, C, 1, splits, BLOCK, PARTS)
@@ -31,6 +31,8 @@ def finish_moments_kernel(
         tl.store(mean + ids, centre, mask=exists)
         tl.store(m2 + ids, spread, mask=exists)
         tl.store(rstd + ids, 1.0 / tl.sqrt(spread / tl.maximum(count, 1.0) + EPS), mask=exists)
+        if written_count is not None:
+            tl.store(written_count + ids * 0, count, mask=ids == 0)
     else:
         tl.store(row + ids * 0, count, mask=ids == 0)
         tl.store(row + 1 + ids, total, mask=exists)

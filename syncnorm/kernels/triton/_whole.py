@@ -44,14 +44,14 @@ def forward(
     """y, moments, 1/std and mask; of each chunk by itself if there are any, then with statistics [K, C]."""
     y, bits, C = like(x), None, x.size(1)
     mean, m2, rstd = empty(3, max(len(chunks), 1), C, dtype=torch.float64, device=x.device).unbind(0)
+    counts = empty(len(chunks), dtype=torch.float64, device=x.device) if chunks else None
     for k, part in enumerate(_slices(x, chunks)):
         partial, walk = partial_moments(x[part])
-        _finish_moments(partial, walk.splits, (mean[k], m2[k], rstd[k]), None, 0, (), eps)
+        vectors = mean[k], m2[k], rstd[k], None if counts is None else counts[k]
+        _finish_moments(partial, walk.splits, vectors, None, 0, (), eps)
         bits = normalize_into(y[part], x[part], mean[k], rstd[k], weight, bias, activation, slope, residual)
-    if chunks:
-        counts = [float(count_per_channel(x[part])) for part in _slices(x, chunks)]
-        count: Tensor | float = torch.tensor(counts, dtype=torch.float64).to(x.device, non_blocking=True)
-        return y, Moments(count, mean, m2), rstd, None
+    if counts is not None:
+        return y, Moments(counts, mean, m2), rstd, None
     return y, Moments(float(count_per_channel(x)), mean[0], m2[0]), rstd[0], bits
 
 
@@ -93,7 +93,7 @@ def forward_row(x: Tensor, width: int, words: Sequence[float]) -> Tensor:
     """The moments of ``x``, packed: float64 ``[width]``."""
     partial, walk = partial_moments(x)
     row = empty(width, dtype=torch.float64, device=x.device)
-    _finish_moments(partial, walk.splits, (None, None, None), row, width, words, 0.0)
+    _finish_moments(partial, walk.splits, (None,) * 4, row, width, words, 0.0)
     return row
 
 
@@ -178,7 +178,7 @@ def move_running(
 def _finish_moments(
     partial: Tensor,
     splits: int,
-    vectors: tuple[Tensor | None, Tensor | None, Tensor | None],
+    vectors: Sequence[Tensor | None],
     row: Tensor | None,
     width: int,
     words: Sequence[float],
