@@ -2,7 +2,11 @@
 
 import copy
 import warnings
+from pathlib import Path
+from typing import Any
 
+import onnxruntime
+import pytest
 import torch
 from torch import nn
 from torch.ao.quantization import fuse_modules
@@ -28,6 +32,22 @@ def test_the_exported_evaluation_graph_is_batch_norms() -> None:
     targets = [[(node.op, str(node.target)) for node in graph.nodes] for graph in graphs]
     assert targets[0] == targets[1]
     assert any("batch_norm" in target for _, target in targets[0])
+
+
+@pytest.mark.parametrize(
+    ("to", "options"),
+    [("sync_batch_norm", {"fuse": True}), ("group_norm", {"num_groups": 2}), ("rms_norm", {}), ("switchable_norm", {})],
+)
+def test_onnxruntime_agrees_for_any_batch(to: str, options: dict[str, Any], tmp_path: Path) -> None:
+    model = syncnorm.convert(trained(), to, **options)
+    path = str(tmp_path / "net.onnx")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of torch's own
+        torch.onnx.export(model, (X,), path, dynamo=True, dynamic_shapes=({0: "batch"},), verbose=False)
+    session = onnxruntime.InferenceSession(path)
+    x = torch.randn(3, 3, 6, 6)
+    (found,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+    torch.testing.assert_close(torch.from_numpy(found), model(x), rtol=0, atol=1e-5)  # float32, values of order 1
 
 
 def test_conv_and_converted_norm_fuse() -> None:
