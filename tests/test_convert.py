@@ -292,6 +292,22 @@ def test_quantised_layers_are_left() -> None:
     assert "quantised" in skipped(model)["0"]
 
 
+def test_a_norm_that_quantisation_aware_training_folds_is_synchronised_and_not_replaced() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # eager quantisation is deprecated
+        model = nn.Sequential(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU()))
+        model = torch.ao.quantization.fuse_modules_qat(model.train(), [["0.0", "0.1", "0.2"]])
+        assert "ConvBnReLU2d of torch.ao folds it" in skipped(model, to="group_norm")["0.0.1"]
+        model.qconfig = torch.ao.quantization.get_default_qat_qconfig("fbgemm")  # type: ignore[assignment]
+        model = torch.ao.quantization.prepare_qat(model)
+    assert "ConvBnReLU2d of torch.ao folds it" in skipped(model, to="group_norm")["0.0.bn"]
+    syncnorm.convert(model)
+    assert type(model.get_submodule("0.0.bn")) is syncnorm.SyncBatchNorm2d
+    model(torch.randn(2, 3, 6, 6)).sum().backward()
+    syncnorm.revert(model)
+    assert type(model.get_submodule("0.0.bn")) is nn.BatchNorm2d
+
+
 def test_scripted_layers_are_left() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # TorchScript is deprecated

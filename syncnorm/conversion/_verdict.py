@@ -71,10 +71,10 @@ def _obstacle(layer: Layer) -> str | None:
     if isinstance(module, nn.modules.lazy.LazyModuleMixin):
         return "lazy, its channels are not known yet; run one forward pass, then convert"
     if isinstance(module, torch.jit.ScriptModule):
-        return "scripted by TorchScript; convert before scripting"
+        return "scripted by TorchScript; convert the model in Python, and script what syncnorm.revert gives back"
     if "parametrizations" in module._modules:
         return "parametrized; torch.nn.utils.parametrize.remove_parametrizations, convert, and parametrize again"
-    if type(module).__module__.startswith(("torch.ao.", "torch.nn.quantized", "torch.nn.intrinsic")):
+    if _is_of_quantisation(module):
         return "a quantised layer, which has no batch statistics to share; convert before quantisation"
     if own_forward(module):
         return own_forward(module)
@@ -83,6 +83,10 @@ def _obstacle(layer: Layer) -> str | None:
             return f"{own_class} may do more than batch norm; syncnorm.register_adapter teaches it, or exclude it"
         return f"{own_class} keeps running statistics and is not a torch batch norm; rewrite it, or exclude it"
     return None
+
+
+def _is_of_quantisation(module: nn.Module) -> bool:
+    return type(module).__module__.startswith(("torch.ao.", "torch.nn.quantized", "torch.nn.intrinsic"))
 
 
 def own_forward(module: nn.Module) -> str:
@@ -142,6 +146,11 @@ def _replace(layer: Layer, to: str, options: dict[str, Any]) -> Verdict:
         return Verdict("skip", own, f"{what}, which {to} would lose; make it permanent or remove it, then convert")
     if getattr(module, "activation", None) is not None:
         return Verdict("skip", own, f"it applies {module.activation!r} too, which {to} would lose; exclude it")
+    folding = [type(parent).__name__ for parent, _ in layer.places if _is_of_quantisation(parent)]
+    if folding:
+        return Verdict(
+            "skip", own, f"{folding[0]} of torch.ao folds it into a convolution; convert before fusion and QAT"
+        )
     if module.__dict__.get("_compiled_call_impl") or any(key == "_orig_mod" for _, key in layer.places):
         return Verdict(
             "skip", own, "torch.compile was given this very layer and would not see another; convert before compiling"
