@@ -239,7 +239,8 @@ def test_a_scaler_that_is_reset_is_fitted_to_nothing() -> None:
             module(torch.randn(3, 6))
 
 
-def test_what_no_state_dict_has_is_as_new_after_to_empty() -> None:
+@pytest.mark.parametrize("assign", [False, True])
+def test_what_no_state_dict_has_is_as_new_after_meta(assign: bool) -> None:
     with torch.device("meta"):
         born = [modules.BatchRenorm1d(3, r_max=2.0, d_max=0.5), modules.MovingAverageBatchNorm1d(3, window=2)]
         born += [modules.SyncBatchNorm1d(3, accumulate=2)]
@@ -254,7 +255,9 @@ def test_what_no_state_dict_has_is_as_new_after_to_empty() -> None:
         strict=True,
     ):
         assert repr(module) == repr(new)
-        module.to_empty(device="cpu").load_state_dict(new.state_dict())
+        if not assign:
+            module.to_empty(device="cpu")
+        module.load_state_dict(copy.deepcopy(new.state_dict()), assign=assign)
         for _ in range(2):
             assert torch.equal(module(x), new(x))
         assert_same(module.state_dict(), new.state_dict())

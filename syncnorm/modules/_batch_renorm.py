@@ -1,11 +1,9 @@
 """Batch renormalisation layers over all ranks, with the state of torch's batch norm."""
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from typing_extensions import Self
 
 from syncnorm.distributed.groups import LOCAL
 from syncnorm.errors import SyncNormError
@@ -127,15 +125,11 @@ class _BatchRenorm(SyncStatistics):
         """As torch's; the limits are those that were set."""
         super().reset_running_stats()
         if "_limits" in self._buffers:  # not yet within the constructor
-            self._clip_rate.zero_()
-            self.r_max, self.d_max = self._given
+            self._begin("_limits", self._limits)
+            self._begin("_clip_rate", self._clip_rate)
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        was_meta = self._limits.is_meta
-        super()._apply(fn, recurse)
-        if was_meta and not self._limits.is_meta:
-            self.r_max, self.d_max = self._given
-        return self
+    def _begin(self, name: str, buffer: Tensor) -> None:
+        buffer.copy_(buffer.new_tensor(self._given)) if name == "_limits" else super()._begin(name, buffer)
 
     def _normalize(self, input: Tensor) -> Tensor:
         if self.running_mean is None or self.running_var is None:

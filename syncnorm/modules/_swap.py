@@ -213,6 +213,20 @@ class Swapped(_BatchNorm):
             self._buffers.pop(name, None)
             self._non_persistent_buffers_set.discard(name)
 
+    def _begin(self, name: str, buffer: Tensor) -> None:
+        """Let a buffer that no state dict has hold what it holds at first."""
+        buffer.zero_()
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        if self.running_mean is None or self.running_mean.is_meta:
+            return
+        for name in _WIDE:
+            buffer = self._buffers.get(name)
+            if buffer is not None and buffer.is_meta:  # of a layer born on meta that is given tensors, assign=True
+                self._buffers[name] = torch.empty_like(buffer, device=self.running_mean.device)
+                self._begin(name, self.get_buffer(name))
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         # Half precision cannot hold a running average (momentum 0.1 moves it by less than its rounding), nor can it hold
         # the sums of micro-batches: where .half() or .bfloat16() narrows them, they move to the device as they are.
@@ -224,7 +238,7 @@ class Swapped(_BatchNorm):
             if old is None or new is None:
                 continue
             if name in _WIDE and old.is_meta and not new.is_meta:
-                new.zero_()  # to_empty leaves what the memory held, and no state dict has these
+                self._begin(name, new)  # to_empty leaves what the memory held
             if new.dtype == old.dtype:
                 continue
             if name in _WIDE or (new.dtype in HALVES and old.dtype not in HALVES):
