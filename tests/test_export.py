@@ -8,7 +8,7 @@ from typing import Any
 import onnxruntime
 import pytest
 import torch
-from torch import nn
+from torch import fx, nn
 from torch.ao.quantization import fuse_modules
 from torch.fx.experimental.optimization import fuse
 from torch.nn.utils.fusion import fuse_conv_bn_eval
@@ -48,6 +48,31 @@ def test_onnxruntime_agrees_for_any_batch(to: str, options: dict[str, Any], tmp_
     x = torch.randn(3, 3, 6, 6)
     (found,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
     torch.testing.assert_close(torch.from_numpy(found), model(x), rtol=0, atol=1e-5)  # float32, values of order 1
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("to", ["sync_batch_norm", "batch_renorm", "frozen_batch_norm"])
+def test_fx_takes_a_converted_norm_for_a_leaf_as_torchs_is(to: str, training: bool) -> None:
+    model = syncnorm.convert(trained(), to).train(training)
+    traced = fx.symbolic_trace(copy.deepcopy(model))
+    assert [(node.op, str(node.target)) for node in traced.graph.nodes][2] == ("call_module", "1")
+    torch.testing.assert_close(traced(X), model(X), rtol=0, atol=0)
+    for now, before in zip(traced.buffers(), model.buffers(), strict=True):
+        assert torch.equal(now, before)
+
+
+class Residual(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = syncnorm.SyncBatchNorm2d(3, activation="relu")
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.norm(x, residual=x)
+
+
+def test_fx_keeps_what_a_norm_is_called_with() -> None:
+    block = Residual()
+    torch.testing.assert_close(fx.symbolic_trace(block)(X), block(X), rtol=0, atol=0)
 
 
 def test_conv_and_converted_norm_fuse() -> None:

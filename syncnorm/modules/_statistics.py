@@ -5,7 +5,7 @@ import warnings
 from typing import Any, ClassVar, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from syncnorm.core.activation import Activation, find_activation
 from syncnorm.distributed.groups import LOCAL, Group, GroupSpec, group_spec, resolve
@@ -99,6 +99,11 @@ class SyncStatistics(Swapped):
                 :func:`syncnorm.functional.masked_batch_norm`. All ranks must give one, or none.
             activation: For this call, in place of the layer's own.
         """
+        if isinstance(input, fx.Proxy) and input.tracer.root is not self:  # a leaf to torch.fx, as torch's layers are
+            given = {"residual": residual, "mask": mask, "activation": activation}
+            options = {name: value for name, value in given.items() if value is not None}
+            traced: Any = input.tracer.create_proxy("call_module", input.tracer.path_of_module(self), (input,), options)
+            return traced
         activation = self._activation if activation is None else activation
         try:
             if mask is None and self.family == "sync_batch_norm":

@@ -77,6 +77,7 @@ def plan_walk(x: Tensor, *, tensors: int) -> Walk:
 def _walk(
     shape: tuple[int, ...], contiguous: bool, size: int, tensors: int, programs: int, knobs: tuple[int, ...]
 ) -> Walk:  # fmt: skip
+    """``knobs`` are the constants that it reads, so that a walk is planned anew where one of them has been changed."""
     if len(shape) == 2:
         instances, channels_last, (S, C) = 1, True, shape
     else:
