@@ -5,6 +5,8 @@ small row); a traced call uses the functional one, which torch.compile can keep 
 """
 
 import hashlib
+import os
+import weakref
 from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
@@ -13,6 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from syncnorm.distributed.processes import refuse_fork
 from syncnorm.errors import SyncNormError
 
 __all__ = [
@@ -29,6 +32,7 @@ __all__ = [
     "group_timeout",
     "is_initialized",
     "make_beside",
+    "refuse_inherited",
     "set_group_timeout",
 ]
 
@@ -36,6 +40,28 @@ __all__ = [
 def is_initialized() -> bool:
     """Whether there is a default process group."""
     return dist.is_available() and dist.is_initialized()
+
+
+# The process that made the world which this one was forked with, and that world; a fork may make one of its own.
+_inherited: tuple[int, Any] = (os.getpid(), lambda: None)
+
+
+def _note_fork() -> None:
+    global _inherited
+    world = dist.group.WORLD if is_initialized() else None
+    if world is not None and _inherited[1]() is not world:
+        _inherited = os.getppid(), weakref.ref(world)
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_note_fork)
+
+
+def refuse_inherited() -> None:
+    """Raise in a process that was forked with the world, before it has met anybody in the place of its rank."""
+    pid, world = _inherited
+    if world() is not None and world() is dist.group.WORLD:
+        refuse_fork(pid, dist.get_rank())
 
 
 def available_backends() -> list[str]:

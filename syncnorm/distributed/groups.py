@@ -107,13 +107,16 @@ def resolve(spec: GroupSpec) -> Group:
     find them again. Inside ``torch.compile`` the answer is taken when the graph is traced.
 
     Raises:
-        SyncNormError: If this rank is outside the group, or the group no longer exists.
+        SyncNormError: If this rank is outside the group, the group no longer exists, or this process is a fork of the rank.
         ValueError: If the world cannot be cut into groups of the asked size.
     """
     if torch.compiler.is_compiling():
         fields = spec.kind, spec.size, spec.name, spec.ranks  # Dynamo of torch 2.11 passes no dataclass on
         return Group(_traced_name(*fields), _traced_size(*fields))
-    return _resolve(spec)
+    group = _resolve(spec)
+    if group.size > 1:
+        collectives.refuse_inherited()
+    return group
 
 
 # Literals, which Dynamo writes into its graph: an object would be kept under a global name that a second compilation of the
@@ -201,6 +204,7 @@ def _subgroup(spec: GroupSpec) -> Group:
 
 def _make(partition: list[tuple[int, ...]]) -> tuple[str, tuple[int, ...]]:
     mine: tuple[str, tuple[int, ...]] | None = None
+    collectives.refuse_inherited()
     for members in partition:  # new_group is a meeting of the whole world: every rank makes every group
         group = dist.new_group(list(members))
         if dist.get_rank() in members:
