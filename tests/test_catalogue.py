@@ -239,8 +239,25 @@ def test_a_scaler_that_is_reset_is_fitted_to_nothing() -> None:
             module(torch.randn(3, 6))
 
 
-@pytest.mark.parametrize("assign", [False, True])
-def test_what_no_state_dict_has_is_as_new_after_meta(assign: bool) -> None:
+def _emptied(module: nn.Module, state: dict[str, Tensor]) -> None:
+    module.to_empty(device="cpu").load_state_dict(state)
+
+
+def _assigned(module: nn.Module, state: dict[str, Tensor]) -> None:
+    module.load_state_dict(state, assign=True)
+
+
+def _set(module: nn.Module, state: dict[str, Tensor]) -> None:
+    """As ``from_pretrained`` of transformers does."""
+    others = {
+        name: torch.full_like(b, torch.nan, device="cpu") for name, b in module.named_buffers() if name not in state
+    }
+    for name, tensor in (state | others).items():
+        setattr(module, name, nn.Parameter(tensor) if name in module._parameters else tensor)
+
+
+@pytest.mark.parametrize("load", [_emptied, _assigned, _set])
+def test_what_no_state_dict_has_is_as_new_after_meta(load: Callable[[nn.Module, dict[str, Tensor]], None]) -> None:
     with torch.device("meta"):
         born = [modules.BatchRenorm1d(3, r_max=2.0, d_max=0.5), modules.MovingAverageBatchNorm1d(3, window=2)]
         born += [modules.SyncBatchNorm1d(3, accumulate=2)]
@@ -255,9 +272,7 @@ def test_what_no_state_dict_has_is_as_new_after_meta(assign: bool) -> None:
         strict=True,
     ):
         assert repr(module) == repr(new)
-        if not assign:
-            module.to_empty(device="cpu")
-        module.load_state_dict(copy.deepcopy(new.state_dict()), assign=assign)
+        load(module, copy.deepcopy(new.state_dict()))
         for _ in range(2):
             assert torch.equal(module(x), new(x))
         assert_same(module.state_dict(), new.state_dict())

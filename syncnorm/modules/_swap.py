@@ -217,6 +217,12 @@ class Swapped(_BatchNorm):
         """Let a buffer that no state dict has hold what it holds at first."""
         buffer.zero_()
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        was_meta = name in _WIDE and (before := self._buffers.get(name)) is not None and before.is_meta
+        super().__setattr__(name, value)
+        if was_meta and isinstance(value, Tensor) and not value.is_meta:
+            self._begin(name, value)  # from_pretrained of transformers sets what the memory held
+
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         super()._load_from_state_dict(state_dict, prefix, *args)
         if self.running_mean is None or self.running_mean.is_meta:
