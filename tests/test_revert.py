@@ -198,6 +198,20 @@ def test_half_precision_goes_back_to_what_torchs_layer_takes() -> None:
         assert model(torch.randn(8, 4, dtype=torch.bfloat16)).dtype == torch.bfloat16
 
 
+@pytest.mark.parametrize("to", ["sync_batch_norm", "frozen_batch_norm", "layer_norm", "switchable_norm"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_so_do_statistics_without_a_weight(to: str, dtype: torch.dtype) -> None:
+    model = nn.Sequential(nn.Conv1d(4, 4, 1), nn.BatchNorm1d(4, affine=False))
+    syncnorm.revert(syncnorm.convert(model.to(dtype), to))
+    assert model[1].running_mean.dtype == model[1].running_var.dtype == dtype
+    syncnorm.revert(syncnorm.convert(model, to).float())
+    assert model[1].running_mean.dtype == model[1].running_var.dtype == torch.float32
+    syncnorm.revert(syncnorm.convert(model, to).to(dtype))
+    assert model[1].running_mean.dtype == model[1].running_var.dtype == dtype
+    syncnorm.revert(syncnorm.convert(model, to).double())
+    assert model[1].running_mean.dtype == model[1].running_var.dtype == torch.float64
+
+
 def test_a_model_built_on_meta_gets_real_statistics() -> None:
     model = nn.Sequential(nn.BatchNorm1d(4, device="meta"))
     syncnorm.convert(model, "layer_norm")

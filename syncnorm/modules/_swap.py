@@ -26,8 +26,8 @@ TARGETS: dict[type[nn.Module], type[Any]] = {}
 """Which class each exact type is swapped to."""
 
 OURS = (
-    "_activation", "_group_spec", "_origin", "_path", "_sync", "_synced_over", "_torch_group", "accumulate", "backend",
-    "memory_efficient", "on_nonfinite",
+    "_activation", "_group_spec", "_narrow", "_origin", "_path", "_sync", "_synced_over", "_torch_group", "accumulate",
+    "backend", "memory_efficient", "on_nonfinite",
 )  # fmt: skip
 """Fields that a layer of torch has not."""
 
@@ -52,6 +52,7 @@ class Swapped(_BatchNorm):
     on_nonfinite: OnNonFinite = "propagate"
     _activation: Activation | None = None
     _group_spec: GroupSpec
+    _narrow: torch.dtype | None = None  # that the running statistics would have in a layer of torch, where it is half
     _path: str = ""  # the layer's name in the model, for errors that tell ranks apart
     _origin: type[nn.Module] | None
     _sync: bool
@@ -154,14 +155,15 @@ class Swapped(_BatchNorm):
         self._leave()
         origin: type[nn.Module] = self._origin or self.reverts_to
         torch_group = self._torch_group
-        for name in OURS:
-            self.__dict__.pop(name, None)
         self._drop_buffers("_pending")
         for name in ("running_mean", "running_var"):
             statistic, weight = self._buffers.get(name), self._parameters.get("weight")
-            if statistic is not None and weight is not None and weight.dtype in HALVES:
-                # Kept in float32 by us; torch's layer wants the statistics in the dtype of a half-precision weight.
-                self._buffers[name] = statistic.to(weight.dtype)
+            # Kept in float32 by us; torch's layer wants the statistics in the dtype of a half-precision weight.
+            narrow = self._narrow if weight is None or weight.dtype not in HALVES else weight.dtype
+            if statistic is not None and narrow is not None:
+                self._buffers[name] = statistic.to(narrow)
+        for name in OURS:
+            self.__dict__.pop(name, None)
         self.__class__ = sharded_like(origin, type(self))  # type: ignore[assignment]
         if torch_group is not None:
             # A group that is gone, as after the end of a run, is not one to go back to.
@@ -198,7 +200,7 @@ class Swapped(_BatchNorm):
         for name in ("running_mean", "running_var"):
             statistic = self._buffers.get(name)
             if statistic is not None and statistic.dtype in HALVES:  # too coarse for a running average; see _apply
-                self._buffers[name] = statistic.float()
+                self._buffers[name], self._narrow = statistic.float(), statistic.dtype
 
     def _set_pending(self, accumulate: int) -> None:
         self.accumulate = accumulate
@@ -238,6 +240,9 @@ class Swapped(_BatchNorm):
         # the sums of micro-batches: where .half() or .bfloat16() narrows them, they move to the device as they are.
         names = ("running_mean", "running_var", *_WIDE)
         before = {name: self._buffers.get(name) for name in names}
+        if self._narrow is not None:
+            to = fn(torch.empty(0, dtype=self._narrow)).dtype  # what is float32 already cannot tell of a .float()
+            self._narrow = to if to in HALVES else None
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for name, old in before.items():
             new = self._buffers.get(name)
@@ -248,6 +253,7 @@ class Swapped(_BatchNorm):
             if new.dtype == old.dtype:
                 continue
             if name in _WIDE or (new.dtype in HALVES and old.dtype not in HALVES):
+                self._narrow = self._narrow if name in _WIDE else new.dtype
                 self._buffers[name] = old.to(new.device) if not new.is_meta else torch.empty_like(new, dtype=old.dtype)
         return self
 
