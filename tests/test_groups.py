@@ -283,6 +283,21 @@ def _other_ranks_of_that_name(folder: str) -> tuple[str, bool]:
     return _text(layer, _samples(rank)), rank == 1 and second.group_name == name
 
 
+def _compiled_before_the_world(folder: str) -> tuple[bool, float]:
+    rank, layer, x = dist.get_rank(), _layer(), _samples(dist.get_rank())
+    dist.barrier()
+    dist.destroy_process_group()
+    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
+    alone = torch.equal(compiled(x), layer(x))
+    dist.init_process_group("gloo", store=dist.FileStore(f"{folder}/again", 2), rank=rank, world_size=2)
+    return alone, float((compiled(x) - layer(x)).abs().max())
+
+
+def test_a_layer_that_was_compiled_before_there_was_a_group_is_traced_again(tmp_path: Path) -> None:
+    for alone, error in run_ranks(_compiled_before_the_world, 2, str(tmp_path), timeout=90):
+        assert alone and error <= BOUND
+
+
 def test_a_name_that_now_means_other_ranks_is_refused(tmp_path: Path) -> None:
     outcomes = run_ranks(_other_ranks_of_that_name, 3, str(tmp_path))
     assert outcomes[1][1], "torch numbers its groups otherwise now: this test has lost its point"

@@ -30,6 +30,7 @@ __all__ = [
     "group_ranks",
     "group_store",
     "group_timeout",
+    "has_world",
     "is_initialized",
     "make_beside",
     "refuse_inherited",
@@ -68,6 +69,11 @@ def available_backends() -> list[str]:
     """What this build of torch can carry collectives by."""
     names = ("gloo", "nccl", "mpi", "xccl") if dist.is_available() else ()
     return [name for name in names if getattr(dist, f"is_{name}_available", bool)()]
+
+
+def has_world() -> bool:
+    """:func:`is_initialized` as Dynamo can read it: that one it takes for a constant."""
+    return dist.is_available() and dist.distributed_c10d._world.default_pg is not None
 
 
 def find_group(name: str) -> dist.ProcessGroup:

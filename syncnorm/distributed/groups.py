@@ -112,7 +112,10 @@ def resolve(spec: GroupSpec) -> Group:
     """
     if torch.compiler.is_compiling():
         fields = spec.kind, spec.size, spec.name, spec.ranks  # Dynamo of torch 2.11 passes no dataclass on
-        return Group(_traced_name(*fields), _traced_size(*fields))
+        traced = Group(_traced_name(*fields), _traced_size(*fields))
+        if not traced.name:
+            collectives.has_world()  # read, and so guarded: a graph of one process is none of the world that comes later
+        return traced
     group = _resolve(spec)
     if group.size > 1:
         collectives.refuse_inherited()
