@@ -10,6 +10,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import syncnorm
+from syncnorm.diagnostics._exchange_meter import ExchangeMeter
 from syncnorm.kernels import BACKENDS
 from syncnorm.testing import count_collectives, run_ranks
 
@@ -172,6 +173,56 @@ def test_groups_are_told_without_meeting() -> None:
     assert third["pair"].startswith("outside: a training forward raises: this rank is outside the process group")
     assert first["gone"] == "world: it had 3 ranks and now there is no process group, training raises"
     assert first["named gone"].startswith("ranks [0, 1]: a training forward raises: the layer's process group '7'")
+
+
+FAMILIES = {
+    "batch_renorm": ({}, "because the result is corrected towards the running statistics"),
+    "ghost_batch_norm": ({"virtual_batch_size": 2}, "because every ghost has statistics of its own"),
+    "moving_average_batch_norm": ({}, "because it normalises by the last batches together"),
+    "frozen_batch_norm": ({}, "training as in evaluation: torch's batch_norm with the running statistics, no exchange"),
+}
+
+
+def family(to: str) -> nn.Module:
+    return syncnorm.convert(nn.BatchNorm1d(3), to, **FAMILIES[to][0])
+
+
+@pytest.mark.parametrize("to", FAMILIES)
+def test_the_ways_of_other_families(to: str) -> None:
+    layer = family(to)
+    text = lines(syncnorm.explain(layer, torch.randn(4, 3)))
+    assert text["path"][0].endswith(FAMILIES[to][1])
+    before = layer.running_var.clone()
+    layer(torch.randn(4, 3))
+    assert text["buffers"][0].endswith("not updated (frozen)") == torch.equal(layer.running_var, before)
+
+
+def ways_over_ranks() -> dict[str, tuple[str, int]]:
+    told = {}
+    for to, batch in [(to, 4) for to in FAMILIES] + [("ghost_batch_norm", 1)]:
+        layer = family(to)
+        if to == "ghost_batch_norm" and batch == 4:
+            assert "agreed in the first training forward" in syncnorm.explain(layer)
+        x = torch.randn(batch, 3, requires_grad=True)
+        for _ in range(2):
+            with ExchangeMeter() as meter:
+                layer(x).square().sum().backward()
+        told[f"{to} {batch}"] = lines(syncnorm.explain(layer, x))["path"][0], meter.exchanges
+    return told
+
+
+@pytest.mark.gloo
+def test_as_many_exchanges_as_are_told() -> None:
+    (told, _) = run_ranks(ways_over_ranks, 2)
+    each_way = "training over 2 ranks: one all-reduce forward, one backward"
+    statistics = "training over 2 ranks: one all-reduce forward, for the running statistics"
+    assert told == {
+        "batch_renorm 4": (each_way, 2),
+        "ghost_batch_norm 4": (f"{statistics}; none backward, as a ghost is of one rank", 1),
+        "ghost_batch_norm 1": (f"{statistics}; and one each way among the 2 ranks of a ghost", 3),
+        "moving_average_batch_norm 4": (each_way, 2),
+        "frozen_batch_norm 4": (FAMILIES["frozen_batch_norm"][1], 0),
+    }
 
 
 def alone() -> list[str]:

@@ -64,6 +64,19 @@ def test_settings_of_a_family_change_in_place_and_are_idempotent() -> None:
     assert {entry.action for entry in syncnorm.plan(net, to="batch_renorm").entries} == {"keep"}
 
 
+@pytest.mark.parametrize("to", ["batch_renorm", "frozen_batch_norm", "group_norm"])
+def test_what_sync_batch_norm_alone_can_do_is_said_to_be_dropped_and_is(to: str) -> None:
+    net = nn.Sequential(syncnorm.SyncBatchNorm2d(32, accumulate=2, on_nonfinite="raise", memory_efficient=True))
+    (entry,) = syncnorm.plan(net, to).entries
+    assert "accumulate=2 dropped; memory_efficient=True dropped; on_nonfinite='raise' dropped" in entry.reason
+    syncnorm.convert(net, to)
+    assert getattr(net[0], "accumulate", 1) == 1 and "_pending" not in net[0]._buffers
+    assert "accumulate" not in repr(net) and not syncnorm.inspect(net).rows[0].notes[1:]
+    syncnorm.convert(syncnorm.revert(net), "batch_renorm")
+    syncnorm.convert(net, accumulate=3)
+    assert net[0].accumulate == 3 and net[0]._pending.numel() == 2 * 32 + 2
+
+
 def test_options_and_layers_that_do_not_fit_are_refused_or_named() -> None:
     with pytest.raises(TypeError, match="to='ghost_batch_norm' needs virtual_batch_size=n"):
         syncnorm.convert(model(), to="ghost_batch_norm")

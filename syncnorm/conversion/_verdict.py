@@ -123,7 +123,7 @@ def _swap(module: nn.Module, to: str, options: dict[str, Any]) -> Verdict:
         reason = f"group {group_spec(own_group)}, as it had"
     remark = TARGETS[to].remark
     reason = f"{reason}; {remark}" if "process_group" in TARGETS[to].parameters and remark else remark or reason
-    return Verdict("swap", target.__name__, reason, layer=target)
+    return Verdict("swap", target.__name__, "; ".join([reason, *_dropped(module)]), layer=target)
 
 
 def _differs(module: nn.Module, name: str, options: dict[str, Any]) -> bool:
@@ -199,13 +199,21 @@ def _coarser(made: Blueprint, options: dict[str, Any]) -> str:
     return ""
 
 
+def _dropped(module: nn.Module) -> list[str]:
+    """Settings that SyncBatchNorm alone has."""
+    if not isinstance(module, SyncStatistics):
+        return []
+    defaults = {"accumulate": 1, "memory_efficient": False, "on_nonfinite": "propagate"}
+    own = {name: getattr(module, name) for name in defaults}
+    return [f"{name}={value!r} dropped" for name, value in own.items() if value != defaults[name]]
+
+
 def _settings(module: nn.Module, made: Blueprint, options: dict[str, Any]) -> list[str]:
     """What decides, apart from tensors, whether the network still does what it did."""
     target, said = TARGETS[made.target], []
     if "process_group" in target.parameters:
         said.append(f"group {group_spec(made.arguments['process_group'])}")
-    if isinstance(module, SyncStatistics) and module.accumulate > 1:
-        said.append(f"accumulate={module.accumulate} dropped")
+    said += _dropped(module)
     if "eps" in target.own and (eps := made.arguments.get("eps", default_of(made.target, "eps"))) != module.eps:
         said.append(f"eps={eps}, not {module.eps}")
     if target.activates and made.arguments.get("tlu", True):

@@ -28,6 +28,11 @@ __all__ = ["explain", "inputs_of"]
 
 
 _UNFIT = "torch's batch_norm does not take these dtypes together, or would read its counter on the host"
+_OWN_WAYS = {  # of families that torch's batch_norm does not serve in training
+    "batch_renorm": "the result is corrected towards the running statistics",
+    "ghost_batch_norm": "every ghost has statistics of its own",
+    "moving_average_batch_norm": "it normalises by the last batches together",
+}
 _OFF_IN_GRAPH = "not inside torch.compile"
 _CHECKS = {
     "off": "ranks compare only whether a backward follows (SYNCNORM_CHECK or syncnorm.set_check)",
@@ -104,10 +109,10 @@ def _explain_layer(layer: SyncStatistics, name: str, x: Tensor | None, ran: bool
     lines = [("group", group), ("path", _path(layer, size, x, took))]
     if took:
         lines.append(("fused", f"takes in {took}; torch.compile sees the original code"))
-    if layer.training and _walks(layer, size, x, took):
+    if _uses_batch(layer) and _walks(layer, size, x, took):
         lines += _backends(layer, x, ran)
         lines.append(("keeps", _kept(layer, took)))
-    if layer.training and size != 1:
+    if _uses_batch(layer) and size != 1:
         lines += [("check", _CHECKS[check_level()]), ("wire", _wire(layer, x))]
     lines.append(("buffers", _buffers(layer)))
     head = f"{type(layer).__name__}({layer.num_features}){' ' + name if name else ''}"
@@ -141,12 +146,13 @@ def _group(layer: SyncStatistics | MixedStatistics) -> tuple[str, int | None]:
 
 
 def _path(layer: SyncStatistics, size: int | None, x: Tensor | None, took: str) -> str:
-    if not layer.training:
+    if not _uses_batch(layer):
         which = (
             "the running statistics" if layer.running_mean is not None else "the batch of this rank (it tracks none)"
         )
         then = f", then {layer.activation}; in one pass where no gradient is needed" if layer.activation else ""
-        return f"evaluation: torch's batch_norm with {which}{then}, no exchange"
+        mode = "training as in evaluation" if layer.training else "evaluation"
+        return f"{mode}: torch's batch_norm with {which}{then}, no exchange"
     if not _walks(layer, size, x, took):
         return "training, one rank: torch's batch_norm itself, no exchange"
     if size == 1:
@@ -154,7 +160,19 @@ def _path(layer: SyncStatistics, size: int | None, x: Tensor | None, took: str) 
             f"training, one rank: the synchronised walk without an exchange, because {_why_walk(layer, took) or _UNFIT}"
         )
     over = "the ranks of its group" if size is None else f"{size} ranks"
-    return f"training over {over}: one all-reduce forward, one backward"
+    ghosts = getattr(layer, "_ranks_per_ghost", None)
+    if ghosts is None:
+        return f"training over {over}: one all-reduce forward, one backward"
+    within = {
+        0: "whether ghosts are of one rank or of several is agreed in the first training forward",
+        1: "none backward, as a ghost is of one rank",
+    }
+    several = f"and one each way among the {ghosts} ranks of a ghost"
+    return f"training over {over}: one all-reduce forward, for the running statistics; {within.get(ghosts, several)}"
+
+
+def _uses_batch(layer: SyncStatistics) -> bool:
+    return layer.training and layer.family != "frozen_batch_norm"
 
 
 def _wire(layer: SyncStatistics, x: Tensor | None) -> str:
@@ -183,6 +201,8 @@ def _walks(layer: SyncStatistics, size: int | None, x: Tensor | None, took: str)
 
 def _why_walk(layer: SyncStatistics, took: str) -> str:
     """What the layer has that torch's batch_norm has not; empty if nothing."""
+    if layer.family in _OWN_WAYS:
+        return _OWN_WAYS[layer.family]
     if layer.backend != "auto":
         return f"backend={layer.backend!r} was asked for by name"
     if layer.accumulate > 1:
@@ -226,8 +246,8 @@ def _buffers(layer: SyncStatistics) -> str:
     if mean is None:
         return "no running statistics"
     where = f"running statistics {str(mean.dtype).removeprefix('torch.')} on {mean.device}"
-    if not layer.track_running_stats:
-        return f"{where}, not updated (track_running_stats is off)"
+    if not layer.track_running_stats or layer.family == "frozen_batch_norm":
+        return f"{where}, not updated ({'frozen' if layer.track_running_stats else 'track_running_stats is off'})"
     every = "by every batch" if layer.accumulate == 1 else f"once per {layer.accumulate} micro-batches"
     return f"{where}, updated {every}{' as a cumulative average' if layer.momentum is None else ''}"
 

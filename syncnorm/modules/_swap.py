@@ -32,7 +32,7 @@ OURS = (
 """Fields that a layer of torch has not."""
 
 SYNC_BATCH_NORMS_OWN = ("memory_efficient", "on_nonfinite")
-"""Fields that SyncBatchNorm alone has, of the whole family."""
+"""Fields that SyncBatchNorm alone has, of the whole family; ``accumulate`` beside them is 1 in the others."""
 
 HALVES = (torch.float16, torch.bfloat16)
 
@@ -110,6 +110,7 @@ class Swapped(_BatchNorm):
                 module._leave()
                 for name in SYNC_BATCH_NORMS_OWN:
                     module.__dict__.pop(name, None)
+                module._set_pending(1)
                 module.__class__ = cls
                 module._arrive(**own)
             elif own:
