@@ -21,6 +21,7 @@ BATCH_KNOBS: dict[str, list[Any]] = {
     "PROGRAMS_PER_MULTIPROCESSOR": [4, 16, 32],
     "REDUCE_STAGES": [1, 2, 4],
     "STEPS": [1, 4, 16],
+    "NARROW_TILE": [512, 2048],
     "CHANNELS_LAST_BYTES": [128, 512],
 }
 ROW_KNOBS: dict[str, list[Any]] = {

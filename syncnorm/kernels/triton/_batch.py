@@ -44,7 +44,7 @@ def moments(x: Tensor) -> tuple[Tensor, Tensor]:
 
 def partial_moments(x: Tensor) -> tuple[Tensor, Walk]:
     """Counts, means and M2 of every split, float64 [splits, 3, channels of all instances]."""
-    walk = plan_walk(x, tensors=1)
+    walk = plan_walk(x, tensors=1, reduces=True)
     partial = empty(walk.splits, 3, walk.num_channels, dtype=torch.float64, device=x.device)
     launch(
         kernels.moments_kernel, walk.blocks * walk.splits, x, partial, walk.C, walk.S, walk.tiles, walk.splits, walk.blocks,
@@ -125,7 +125,7 @@ def partial_sums(
     group: int = 1,
 ) -> Tensor:
     """:func:`backward_reduce` of every split, float64 [splits, 2, channels of all instances]."""
-    walk = plan_walk(x, tensors=2)
+    walk = plan_walk(x, tensors=2, reduces=True)
     partial = empty(walk.splits, 2, walk.num_channels, dtype=torch.float64, device=x.device)
     launch(
         kernels.backward_reduce_kernel, walk.blocks * walk.splits, grad, x, partial, *dense(mean, rstd, weight, bias),

@@ -17,6 +17,9 @@ __all__ = ["Rows", "Walk", "multiprocessors", "plan_row_weights", "plan_rows", "
 
 TILE_BYTES = 8192  # in all tensors of a tile, counted up to two: 64 bytes for each thread of 4 warps
 CHANNELS_LAST_BYTES = 256  # of channels in a row of a channels-last tile
+NARROW_TILE = (
+    1024  # values of an elementwise tile of maps like 7x7, whose accesses are narrow: 64 instructions a value, not 116
+)
 PROGRAMS_PER_MULTIPROCESSOR = 8
 TILES_PER_SPLIT = 4  # at least, or writing the partials would show beside reading the tensor
 FORWARD_ROW = 16384  # features that a program holds in registers, half as many in float64
@@ -66,16 +69,20 @@ class Walk(NamedTuple):
     stages: int
 
 
-def plan_walk(x: Tensor, *, tensors: int) -> Walk:
+def plan_walk(x: Tensor, *, tensors: int, reduces: bool = False) -> Walk:
     """A walk over ``tensors`` tensors like flat ``x``: [N, C, S] contiguous, [M, C], or [N, C, S] with strides (S·C, 1, C)."""
-    knobs = (TILE_BYTES, CHANNELS_LAST_BYTES, PROGRAMS_PER_MULTIPROCESSOR, TILES_PER_SPLIT, REDUCE_STAGES, STEPS)
+    knobs = (
+        TILE_BYTES, CHANNELS_LAST_BYTES, NARROW_TILE, PROGRAMS_PER_MULTIPROCESSOR, TILES_PER_SPLIT, REDUCE_STAGES, STEPS
+    )  # fmt: skip
     programs = PROGRAMS_PER_MULTIPROCESSOR * multiprocessors(x.device)
-    return _walk(tuple(map(int, x.shape)), x.is_contiguous(), x.element_size(), min(tensors, 2), programs, knobs)
+    return _walk(
+        tuple(map(int, x.shape)), x.is_contiguous(), x.element_size(), min(tensors, 2), reduces, programs, knobs
+    )
 
 
 @lru_cache(maxsize=1024)  # found four times a layer and step, at 10 µs each
 def _walk(
-    shape: tuple[int, ...], contiguous: bool, size: int, tensors: int, programs: int, knobs: tuple[int, ...]
+    shape: tuple[int, ...], contiguous: bool, size: int, tensors: int, reduces: bool, programs: int, knobs: tuple[int, ...]
 ) -> Walk:  # fmt: skip
     """``knobs`` are the constants that it reads, so that a walk is planned anew where one of them has been changed."""
     if len(shape) == 2:
@@ -84,14 +91,17 @@ def _walk(
         instances, C, S = shape
         channels_last = not contiguous
     inner, outer = (C, S) if channels_last else (S, C)
+    align = _power_of_two_in(inner, 16 // size)
     elements = TILE_BYTES // (size * tensors)
+    narrow = not (channels_last or reduces) and align * size < 16
+    if narrow:
+        elements = min(elements, NARROW_TILE)
     cols = max(8, min(power_of_two(inner), CHANNELS_LAST_BYTES // size if channels_last else elements))
     rows = max(1, min(power_of_two(outer), elements // cols))
     if channels_last:
         tiles, blocks = -(-S // rows), -(-C // cols) * instances
     else:
         tiles, blocks = instances * -(-S // cols), -(-C // rows)
-    align = _power_of_two_in(inner, 16 // size)
     return Walk(
         C=C,
         S=S,
@@ -104,7 +114,7 @@ def _walk(
         num_channels=C * instances if channels_last else C,
         splits=max(1, min(programs // blocks, -(-tiles // TILES_PER_SPLIT))),
         steps=1 if rows == 1 else max(1, min(STEPS, tiles * blocks // programs)),
-        warps=max(1, min(4, rows * cols * size // 1024)),
+        warps=max(1, min(2 if narrow else 4, rows * cols * size // 1024)),
         stages=REDUCE_STAGES if align * size >= 8 else 1,
     )
 

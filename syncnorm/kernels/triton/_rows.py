@@ -73,14 +73,18 @@ def group_forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """y, mean and rstd [N, G] of ``x`` [N, C, S]."""
     stats, size = x.size(0) * num_groups, x.size(1) // num_groups
-    flat = _samples(x)
-    partial, walk = _batch.partial_moments(flat)
+    flat, adjacent = _samples(x), size
+    if x.is_contiguous():  # a group is one run of memory
+        partial, walk = _batch.partial_moments(x.view(1, stats, -1))
+        adjacent = 1
+    else:
+        partial, walk = _batch.partial_moments(flat)
     mean, rstd = (
         empty(x.size(0), num_groups, dtype=accumulate_dtype(x.dtype), device=x.device) for _ in range(2)
     )  # fmt: skip
     launch(
-        _batch_kernels.merge_kernel, -(-stats // 8), partial, mean, rstd, stats, size, walk.splits,
-        EPS=eps, RSTD=True, BLOCK=8, PARTS=min(64, power_of_two(walk.splits * size)),
+        _batch_kernels.merge_kernel, -(-stats // 8), partial, mean, rstd, stats, adjacent, walk.splits,
+        EPS=eps, RSTD=True, BLOCK=8, PARTS=min(64, power_of_two(walk.splits * adjacent)),
     )  # fmt: skip
     y, _ = _batch.normalize(flat, mean, rstd, weight, bias, activation, slope, None, size)
     return y.view(x.shape) if x.is_contiguous() else y, mean, rstd
