@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import prune
 
 import syncnorm
 from syncnorm.modules import BatchNorm
@@ -148,6 +149,41 @@ def test_nor_is_that_of_a_convolution() -> None:
     with pytest.raises(syncnorm.SyncNormError, match="changes the class of 0, and forward was replaced on the object"):
         syncnorm.revert(model)
     assert type(model[1]) is syncnorm.GroupNorm
+
+
+class Doubled(nn.Module):
+    def forward(self, parameter: torch.Tensor) -> torch.Tensor:
+        return 2 * parameter
+
+
+@pytest.mark.parametrize(
+    ("to", "options"), [*TARGETS, ("group_norm", {"num_groups": 2, "weight_standardization": True})]
+)
+def test_a_layer_that_was_parametrized_since_is_not_broken(to: str, options: dict[str, Any]) -> None:
+    model = syncnorm.convert(nn.Sequential(nn.Conv2d(2, 4, 3), nn.BatchNorm2d(4)), to, **options)
+    for place, layer in enumerate(model):
+        if type(layer) is not nn.Conv2d:
+            torch.nn.utils.parametrize.register_parametrization(layer, "weight", Doubled())
+            with pytest.raises(
+                syncnorm.SyncNormError, match=f"class of {place}, and it is parametrized.*Undo that first"
+            ):
+                syncnorm.revert(model)
+            torch.nn.utils.parametrize.remove_parametrizations(layer, "weight", leave_parametrized=False)
+    syncnorm.revert(model)
+    assert [type(module) for module in model] == [nn.Conv2d, nn.BatchNorm2d]
+    model(torch.randn(2, 2, 5, 5))
+
+
+def test_what_a_layer_was_given_since_is_not_lost_with_it() -> None:
+    for give in (
+        lambda layer: prune.l1_unstructured(layer, "weight", 0.5),
+        lambda layer: layer.register_buffer("more", torch.ones(1)),
+    ):
+        model = syncnorm.convert(nn.Sequential(nn.BatchNorm2d(4)), "layer_norm")
+        give(model[0])
+        with pytest.raises(syncnorm.SyncNormError, match=r"class of 0, and it holds \['(more|weight_mask)'"):
+            syncnorm.revert(model)
+        assert type(model[0]) is syncnorm.GroupNorm
 
 
 def test_the_staged_chain_loses_nothing() -> None:

@@ -45,7 +45,7 @@ class Origin:
         made: The call that made the layer in its place, in words.
         dtype: Of its weight then; of its statistics where it had none.
         around: Of what was around it then.
-        fields: Attributes of the layer in its place as its constructor left it: what else it has is its user's.
+        fields: Attributes and tensors of the layer in its place as its constructor left it: what else it has is its user's.
     """
 
     module: nn.Module

@@ -111,7 +111,7 @@ def build_replacement(module: nn.Module, made: Blueprint, like: Tensor | None, n
             new._buffers[name] = statistic.float() if statistic.dtype in HALVES else statistic
             new._non_persistent_buffers_set |= module._non_persistent_buffers_set & {name}
             new.track_running_stats = module.track_running_stats
-    fields = frozenset(new.__dict__)
+    fields = frozenset({*new.__dict__, *new._parameters, *new._buffers, *new._modules})
     _hand_over(module, new, _users(module, fields | _own_fields()))
     new.training = module.training
     _aim_hooks(new, module, new)

@@ -46,8 +46,9 @@ def revert(model: _Model, *, dim: int | None = None) -> _Model:
 
     Raises:
         ValueError: If ``dim`` is not None, 1, 2 or 3.
-        SyncNormError: If a layer was replaced and FSDP has sharded the model since, or if the ``forward`` of a layer was
-            replaced on the object, as hooks of accelerate do.
+        SyncNormError: If a layer was replaced and FSDP has sharded the model since; if a layer was parametrized since, or
+            its ``forward`` replaced on the object, as hooks of accelerate do; or if what took a layer's place was given
+            tensors or modules of its own. Nothing has changed then.
 
     Example:
         >>> model = syncnorm.convert(torch.nn.Sequential(torch.nn.BatchNorm1d(8)), to="layer_norm")
@@ -63,12 +64,7 @@ def revert(model: _Model, *, dim: int | None = None) -> _Model:
             f"revert puts the original modules back in place of {shorten([layer.names[0] for layer in replaced])}, and "
             "FSDP has sharded the model as it is. Revert the unwrapped model; nothing was changed."
         )
-    held = [display(name) for name, module in root.named_modules() if _changes(module) and own_forward(module)]
-    if held:
-        raise SyncNormError(
-            f"revert changes the class of {shorten(held)}, and forward was replaced on the object (by a hook of another "
-            "library?), which may call the layer as it is now. Take that off first; nothing was changed."
-        )
+    _refuse(model)
     near = [around(layer, model, {id(each.module) for each in replaced}) for layer in replaced]
     with torch.inference_mode(False):  # what is made here may be trained
         for layer, tensor in zip(replaced, near, strict=True):
@@ -92,8 +88,31 @@ def without_synchronisation(model: nn.Module) -> nn.Module:
     return model
 
 
-def _changes(module: nn.Module) -> bool:
-    return isinstance(module, SyncStatistics) or origin_of(module) is not None or has_swapped_filters(module)
+def _refuse(model: nn.Module) -> None:
+    """Raise where a layer that would change holds something that works on it as it is now."""
+    why: dict[str, list[str]] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, SyncStatistics) or origin_of(module) is not None or has_swapped_filters(module):
+            why.setdefault(_hindrance(module), []).append(display(name))
+    why.pop("", None)
+    if why:
+        reason, names = next(iter(why.items()))
+        raise SyncNormError(
+            f"revert changes the class of {shorten(names)}, and {reason}. Undo that first; nothing was changed."
+        )
+
+
+def _hindrance(module: nn.Module) -> str:
+    if own_forward(module):
+        return (
+            "forward was replaced on the object (by a hook of another library?), which may call the layer as it is now"
+        )
+    if "parametrizations" in module._modules:
+        return "it is parametrized (torch.nn.utils.parametrize.remove_parametrizations)"
+    origin, tensors = origin_of(module), {*module._parameters, *module._buffers, *module._modules}
+    if origin is not None and origin.fields and not tensors <= origin.fields:
+        return f"it holds {sorted(tensors - origin.fields)}, which what it took the place of has not (pruning, weight norm?)"
+    return ""
 
 
 def _revert_class(module: nn.Module, dim: int | None) -> None:
