@@ -13,6 +13,8 @@ from torch import nn
 
 import syncnorm
 from syncnorm.functional import ghost_batch_norm, masked_batch_norm, sync_batch_norm
+from syncnorm.kernels import native
+from syncnorm.kernels.native import _build, among
 from syncnorm.modules import EvoNormB0, SwitchableNorm2d
 from syncnorm.testing import run_ranks
 
@@ -228,6 +230,28 @@ def test_what_fails_on_one_rank_before_ranks_meet_is_told_to_the_others(
         assert check == "off" or "(ranks [1], at " in first
         assert where == "forward" or "modified by an inplace operation" in second
         assert "SyncNorm" not in second and changed == changed_too == []
+
+
+def _long_row_fails() -> str:
+    layer, x = syncnorm.SyncBatchNorm1d(3000, backend="native"), torch.randn(3, 3000)
+    layer(x)
+    if dist.get_rank():
+        among.batch_forward_row = _no_memory
+    with pytest.raises(RuntimeError) as caught:
+        layer(x)
+    return str(caught.value)
+
+
+def _no_memory(*_: Any) -> Any:
+    raise torch.OutOfMemoryError("not enough memory")
+
+
+@pytest.mark.gloo
+@pytest.mark.skipif(_build.compiler() is None, reason="needs a C++ compiler")
+def test_a_rank_that_cannot_make_its_long_row_tells_the_others() -> None:
+    native.build()
+    first, second = run_ranks(_long_row_fails, 2, group_timeout=10.0)
+    assert "1 of 2 ranks refused their input to this call" in first and second == "not enough memory"
 
 
 @pytest.mark.gloo

@@ -82,6 +82,7 @@ def meet(
     while True:
         fits = ledger.fits(n)
         packed = (payload if fits else _nothing(payload.device)).pack(ledger.width, words)
+        alone = None if fits else payload.pack(n, ())  # here, as it may fail, and the others must not wait for it then
         total = _sum(packed, group, place)
         ledger.exchanges += 1
         if ledger.settings is None:
@@ -93,10 +94,10 @@ def meet(
             compare_later(total[-NUM_WORDS:], group, call.place(direction), ledger)
         else:
             _compare(heard, ledger, group, call, direction, word, n)
-        if fits:
+        if alone is None:
             return result
         if not ledger.grow(n):  # agreed upon, so it may go by itself
-            return payload.read(_sum(payload.pack(n, ()), group, lambda: call.place(direction)), 0)[0]
+            return payload.read(_sum(alone, group, lambda: call.place(direction)), 0)[0]
 
 
 def _settle(group: Group, device: torch.device) -> None:
