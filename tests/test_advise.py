@@ -216,6 +216,16 @@ def test_what_is_fixed_is_left() -> None:
     assert rows[2].action == "GroupNorm"
 
 
+@pytest.mark.parametrize(("group", "expected"), [("world", 8), ("node", 4), (2, 2), (16, 8)])
+def test_a_converted_layer_shares_over_the_ranks_that_are_asked_for(group: Any, expected: int) -> None:
+    net = syncnorm.convert(mlp(), process_group=group)
+    rows = syncnorm.advise(net, digits()[0].split(4), ranks=8, ranks_per_node=4).rows
+    assert {row.values / row.samples for row in rows} == {expected}
+    assert {row.action for row in rows} == {"leave"}, "4 samples on 2 ranks are enough"
+    with syncnorm.disabled(net):
+        assert syncnorm.advise(net, digits()[0].split(4), ranks=8).rows[0].action == "synchronise (world)"
+
+
 def test_no_more_batches_than_asked_for() -> None:
     taken: list[int] = []
     endless = (taken.append(0) or torch.randn(4, 64) for _ in iter(int, 1))
@@ -381,6 +391,23 @@ def costs(widths: list[int], check: str) -> tuple[tuple[int, int], tuple[int, in
 def test_cost_is_what_a_step_then_sends(widths: list[int], check: str) -> None:
     for told, measured, action in run_ranks(costs, 2, widths, check):
         assert action == "synchronise (world)"
+        assert told == measured
+
+
+def ghost_cost() -> tuple[tuple[int, int], tuple[int, int]]:
+    layer = syncnorm.GhostBatchNorm1d(4, 8)
+    x = torch.randn(160, 4)
+    for _ in range(3):  # the first agrees on ghosts
+        with ExchangeMeter() as meter:
+            layer(x[:16]).sum().backward()
+    advice = syncnorm.advise(layer, x.split(16))
+    assert advice.ok
+    return (advice.exchanges, advice.num_bytes), (meter.exchanges, meter.num_bytes)
+
+
+@pytest.mark.gloo
+def test_cost_of_ghosts_that_stay() -> None:
+    for told, measured in run_ranks(ghost_cost, 2):
         assert told == measured
 
 

@@ -23,7 +23,7 @@ from syncnorm.diagnostics._advice import Advice, AdviceRow, Decision, Evidence, 
 from syncnorm.diagnostics._exchange_cost import step_cost
 from syncnorm.diagnostics._norm_probe import NormProbe, is_centred, running_rows
 from syncnorm.diagnostics._norm_rows import Array, Input, between_share, evaluation_gap, merge_rows, over_channels
-from syncnorm.distributed.groups import _machine_id, group_spec, resolve
+from syncnorm.distributed.groups import GroupSpec, _machine_id, group_spec, resolve
 from syncnorm.modules import SyncStatistics
 from syncnorm.modules._mixed_statistics import MixedStatistics
 
@@ -157,7 +157,7 @@ def _merge_turns(parts: Tensor) -> Tensor:
 def _advice(
     model: nn.Module, probe: NormProbe, rows: Tensor, own: Tensor, total: int, ranks: int, per_node: int
 ) -> Advice:
-    evidence = _evidence(model, probe, rows, own)
+    evidence = _evidence(model, probe, rows, own, ranks, per_node)
     decisions = [decide(found, ranks, per_node) for found, *_ in evidence]
     layers, features = list(probe.layers.values()), probe.num_features
     costs = _costs(features, evidence, decisions, ranks)
@@ -184,7 +184,9 @@ _Measured: TypeAlias = tuple[Evidence, float | None, int]
 """Of a layer, with the noise of its means and the number of its calls in a forward."""
 
 
-def _evidence(model: nn.Module, probe: NormProbe, rows: Tensor, own: Tensor) -> list[_Measured]:
+def _evidence(
+    model: nn.Module, probe: NormProbe, rows: Tensor, own: Tensor, ranks: int, per_node: int
+) -> list[_Measured]:
     features, turns, running = probe.num_features, rows.numpy(), own.numpy()
     table = turns.sum(0)  # M2 is about the mean of each turn
     num_turns = (turns[:, Input.PARTS] > 0).sum(0)
@@ -215,7 +217,7 @@ def _evidence(model: nn.Module, probe: NormProbe, rows: Tensor, own: Tensor) -> 
             values=number,
             independent=independent,
             skew=skew,
-            share=_share(layer, size),
+            share=_share(layer, size, ranks, per_node),
             gap=gaps[at] if is_centred(layer) else None,
             seen=int(seen[at] or 0),
             fixed=_why_fixed(layer, model) or ("" if number else "no sample reached it"),
@@ -238,13 +240,15 @@ def _why_fixed(layer: Any, model: nn.Module) -> str:
     return ""
 
 
-def _share(layer: Any, samples: float) -> float:
-    """Ranks' batches behind one statistic when the layer trains."""
-    size = 1
-    if isinstance(layer, SyncStatistics):
-        size = resolve(layer._group_spec).size if layer._sync else 1
+def _share(layer: Any, samples: float, ranks: int, per_node: int) -> float:
+    """Ranks' batches behind one statistic when the layer, as it is, trains on so many ranks."""
+    spec = GroupSpec("outside")
+    if isinstance(layer, SyncStatistics) and layer._sync:
+        spec = layer._group_spec
     elif isinstance(layer, nn.SyncBatchNorm):
-        size = resolve(group_spec(layer.process_group)).size
+        spec = group_spec(layer.process_group)
+    sizes = {"world": ranks, "node": per_node, "size": min(spec.size, ranks), "named": len(spec.ranks), "outside": 1}
+    size = sizes[spec.kind]
     ghost = getattr(layer, "virtual_batch_size", None)
     return float(size) if ghost is None else min(ghost / max(samples, 1.0), float(size))
 
@@ -269,6 +273,8 @@ def _costs(
         if decision.action == "leave":
             met = found.share > 1 and found.family != "frozen_batch_norm"
             words = [forward, backward] if met else []
+            if found.family == "ghost_batch_norm" and ranks > 1:
+                words.append(forward)  # for the running statistics
         elif decision.action in ("freeze", "GroupNorm") or ranks == 1:
             words = []
         else:
