@@ -15,6 +15,7 @@ from syncnorm.kernels import BACKENDS, choose
 from syncnorm.kernels import triton as kernels
 from syncnorm.kernels.rows import choose_rows
 from syncnorm.kernels.triton import rows as row_kernels
+from syncnorm.kernels.triton._plan import plan_walk
 
 
 def test_objections_name_the_device_the_dtype_and_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -102,6 +103,7 @@ from functorch.compile import aot_function, make_boxed_func
 from syncnorm.core.activation import Activation
 from syncnorm.kernels import triton as kernels
 from syncnorm.kernels.triton import rows as row_kernels
+from syncnorm.kernels.triton._plan import plan_walk
 
 class Driver:  # Inductor asks the kernels' code for a GPU what they write to; none need be there
     get_current_target = staticmethod(lambda: GPUTarget("cuda", 90, 32))
@@ -159,3 +161,14 @@ def test_fake_tensors_pass_without_a_kernel() -> None:
         found += kernels.batch_backward_input(x, x, affine, affine, None, torch.empty(2, 6))
     assert [None if t is None else tuple(t.shape) for t in found] == [(4, 6, 10), (4, 3), (4, 3), (4, 6, 10), None]
     assert all(isinstance(t, Tensor) for t in found[:4])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shape", [(1, 16384, 1024), (3, 4096, 49), (64, 64, 49), (64, 256, 3136), (200704, 256)])
+def test_no_program_walks_past_the_tiles(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    x = torch.empty(shape, dtype=dtype, device="meta")
+    for tensors, reduces in ((1, True), (2, True), (2, False)):
+        walk = plan_walk(x, tensors=tensors, reduces=reduces)
+        assert walk.steps <= walk.tiles and walk.splits <= walk.tiles
+        values = walk.tiles * walk.rows * walk.cols * walk.blocks
+        assert values >= x.numel()  # all of them are walked

@@ -113,7 +113,7 @@ def _walk(
         blocks=blocks,
         num_channels=C * instances if channels_last else C,
         splits=max(1, min(programs // blocks, -(-tiles // TILES_PER_SPLIT))),
-        steps=1 if rows == 1 else max(1, min(STEPS, tiles * blocks // programs)),
+        steps=1 if rows == 1 else max(1, min(STEPS, tiles, tiles * blocks // programs)),
         warps=max(1, min(2 if narrow else 4, rows * cols * size // 1024)),
         stages=REDUCE_STAGES if align * size >= 8 else 1,
     )
