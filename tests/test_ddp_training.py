@@ -149,6 +149,42 @@ def _every_option() -> dict[str, float]:
     return {str(option): max(_ddp(True, [3, 3], 4, **option)[0]) for option in options}
 
 
+class Branched(nn.Module):
+    """A branch between two norms, which a rank may leave out; in DDP its bucket comes before that of the first norm."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm1, self.branch, self.norm2 = nn.BatchNorm1d(4), nn.Linear(4, 4), nn.BatchNorm1d(4)
+
+    def forward(self, x: Tensor, uses: Tensor) -> Tensor:
+        branch = self.branch(x) * uses if uses.any() else 0.0
+        return self.norm2(self.norm1(x * x) + branch)
+
+
+def _left_out(num_steps: int) -> float:
+    syncnorm.set_exchange("collective")  # over which a bucket can meet a row
+    torch.manual_seed(0)
+    whole = Branched().double()
+    model = syncnorm.convert(copy.deepcopy(whole), process_group=dist.new_group())
+    wrapped = DistributedDataParallel(model, find_unused_parameters=True, bucket_cap_mb=1e-5)
+    optimizers, worst = [_sgd(whole.parameters()), _sgd(model.parameters())], 0.0
+    for step in range(num_steps):
+        x = torch.randn(6, 4, dtype=torch.float64)
+        uses = (torch.arange(6).view(6, 1) // 3 + step) % 2
+        part = my_slice([3, 3])
+        for forward, rows in ((whole, slice(0, 6)), (wrapped, part)):
+            (forward(x[rows], uses[rows]).pow(3).sum() * 6 / len(x[rows])).backward()  # DDP averages
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+        worst = max(worst, _largest(_state(model), _state(whole)))
+    return worst
+
+
+def test_a_branch_that_a_rank_leaves_out_where_layers_have_a_group_of_their_own() -> None:
+    assert max(run_ranks(_left_out, 2, 4)) <= BOUND
+
+
 def test_every_option_of_ddp() -> None:
     for errors in run_ranks(_every_option, 2, timeout=120):
         assert max(errors.values()) <= BOUND, errors
