@@ -133,7 +133,7 @@ def rows(name: str, out: Path, dry: bool) -> Iterator[dict[str, Any]]:
         from gpu_parts import claims
 
         # Tests of tensors that fill the device come one after the other.
-        return claims.run(TESTS[name], out, dry, workers=1 if name == "large" else 8)
+        return claims.run(TESTS[name], out, dry, workers=1 if name == "large" else 12)
     import importlib
 
     return importlib.import_module(f"gpu_parts.{name}").run("cpu" if dry else "cuda", dry)

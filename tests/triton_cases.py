@@ -383,8 +383,8 @@ def exact_batch_norm(
     x: Tensor, g: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor, act: Activation | None
 ) -> dict[str, Tensor]:
     """torch's own functions in float64, on CPU where every one exists."""
-    leaves = [t.double().cpu().requires_grad_() for t in (x, weight, bias)]
-    r = torch.zeros(x.shape, dtype=torch.float64) if residual is None else residual.double().cpu()
+    leaves = [t.double().cpu().detach().requires_grad_() for t in (x, weight, bias)]
+    r = torch.zeros(x.shape, dtype=torch.float64) if residual is None else residual.double().cpu().detach()
     r.requires_grad_()
     pre = F.batch_norm(leaves[0], None, None, leaves[1], leaves[2], True, 0.0, EPS) + r
     y = {
