@@ -10,6 +10,8 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
 
 import syncnorm
 from syncnorm.functional import ghost_batch_norm, masked_batch_norm, sync_batch_norm
@@ -252,6 +254,21 @@ def test_a_rank_that_cannot_make_its_long_row_tells_the_others() -> None:
     native.build()
     first, second = run_ranks(_long_row_fails, 2, group_timeout=10.0)
     assert "1 of 2 ranks refused their input to this call" in first and second == "not enough memory"
+
+
+def _distributed_input() -> str:
+    x = distribute_tensor(torch.randn(4, 3), init_device_mesh("cpu", (2,)), [Shard(0)])
+    layer = syncnorm.SyncBatchNorm1d(3)
+    with pytest.raises(TypeError) as caught:
+        layer(x)
+    layer(x.to_local())
+    return str(caught.value)
+
+
+@pytest.mark.gloo
+def test_a_dtensor_is_refused_with_what_to_do() -> None:
+    for text in run_ranks(_distributed_input, 2):
+        assert "got a DTensor [4, 3]. Give the layer input.to_local(), of shards along dim 0" in text
 
 
 @pytest.mark.gloo

@@ -210,6 +210,11 @@ def enter(
         validate(input, num_features, input_dims)
         if not eps > 0:
             raise ValueError(f"eps must be positive when training, got {eps}.")
+        if type(input) is not Tensor and ranks.size > 1 and hasattr(input, "to_local"):
+            raise TypeError(
+                f"expected a tensor of this rank's samples, got a {type(input).__name__} {list(input.shape)}. Give the layer "
+                "input.to_local(), of shards along dim 0: samples that are replicated would count once for each rank."
+            )
         is_named = backend != "auto" and ranks.size > 1 and input.numel()
         if is_named and not torch.compiler.is_compiling() and not is_transformed():
             choose(backend, input)
