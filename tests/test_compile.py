@@ -354,3 +354,19 @@ def test_refusals_keep_their_words() -> None:
     for layer, x, words in cases:
         with pytest.raises(Exception, match=words):  # Dynamo wraps it in an error of its own
             _compiled(layer)(x)
+
+
+@pytest.mark.slow
+def test_norms_of_samples_behind_a_convolution_are_compiled_for_every_size() -> None:
+    """Inductor of torch 2.13 fails at the backward of ``var_mean`` there."""
+    torch._dynamo.reset()
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), syncnorm.modules.FilterResponseNorm(4))
+    compiled = torch.compile(model, fullgraph=True, dynamic=True)
+    for shape in ((2, 3, 9, 9), (3, 3, 7, 11)):
+        x = torch.randn(shape)
+        steps = []
+        for module in (compiled, model):
+            model.zero_grad()
+            module(x).pow(3).sum().backward()
+            steps.append([parameter.grad for parameter in model.parameters()])
+        torch.testing.assert_close(steps[0], steps[1], rtol=1e-3, atol=1e-3)
