@@ -136,6 +136,14 @@ def test_a_layer_reverted_inside_keeps_no_trace() -> None:
     assert "_sync" not in vars(model[0])
 
 
+@pytest.mark.parametrize("to", ["sync_batch_norm", "switchable_norm"])
+def test_a_layer_reverted_inside_tracks_afterwards(to: str) -> None:
+    model = syncnorm.convert(nn.Sequential(nn.BatchNorm1d(4)), to)
+    with syncnorm.no_stats_update(model):
+        syncnorm.revert(model)
+    assert model[0].track_running_stats is True
+
+
 def test_disabled_layers_come_back_after_an_exception() -> None:
     model = syncnorm.convert(nn.Sequential(nn.BatchNorm1d(4)))
     with pytest.raises(ValueError, match="expected an input"), syncnorm.disabled(model):

@@ -147,8 +147,7 @@ def restore_origin(module: nn.Module, near: Tensor | None) -> nn.Module:
     mine = {**old._parameters, **old._buffers}
     followers = [name for name, tensor in mine.items() if tensor is not None and tensor.dtype == origin.dtype]
     taken = _take(old._parameters, module._parameters, _AFFINE)
-    if "running_mean" in _take(old._buffers, module._buffers, STATISTICS):
-        old.track_running_stats = module.track_running_stats
+    _take(old._buffers, module._buffers, STATISTICS)
     own = next((parameter for parameter in module._parameters.values() if parameter is not None), None)
     now = near if own is None else own
     if now is not None:
