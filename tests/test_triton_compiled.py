@@ -2,12 +2,17 @@
 
 import re
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
 pytest.importorskip("triton", reason="triton is not installed (the extra `triton`)")
+
+from triton import JITFunction
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
 
 from tests.triton_ahead import (
     Launch,
@@ -98,3 +103,31 @@ def test_programs_that_share_the_rows_of_a_backward_run_at_once(
     assert used["STACK"] == used["LOCAL"] == 0
     assert -(-used["REG"] // 8) * 8 * 32 * launch.warps * at_once <= 65536
     assert (binary.metadata.shared + 1024) * at_once <= 228 << 10
+
+
+class _Hopper:
+    """Stands for triton's driver where no GPU is: enough of it to compile what a call would start."""
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int | None = None) -> int:
+        return 0
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", 90, 32)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_triton_takes_every_call_as_it_is_made(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Arguments, their types and options go through triton's own entrance, up to the launch itself."""
+    started, run = [], JITFunction.run
+
+    def compiled_only(self: Any, *arguments: Any, grid: Any, warmup: bool, **options: Any) -> Any:
+        started.append(self.__name__)
+        return run(self, *arguments, grid=grid, warmup=True, **options)
+
+    monkeypatch.setattr(JITFunction, "run", compiled_only)
+    monkeypatch.setattr(driver, "_active", _Hopper())
+    CASES[case](torch.bfloat16)
+    assert started
