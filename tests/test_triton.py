@@ -65,6 +65,30 @@ def test_asked_for_by_name_where_it_cannot_run() -> None:
             pick("triton", x)
 
 
+def test_an_image_without_a_compiler_is_served_by_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    driver = pytest.importorskip("triton.runtime", reason="triton is not installed (the extra `triton`)").driver
+
+    class Driver:
+        def get_current_target(self) -> Any:
+            raise RuntimeError("Failed to find C compiler.\nPlease specify via CC environment variable.")
+
+    caches = (kernels._capability_objection, kernels._driver_objection)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (9, 0))
+    monkeypatch.setattr(driver, "_active", Driver())
+    try:
+        for cache in caches:
+            cache.cache_clear()
+        said = str(kernels._device_objection("cuda", 0))
+        assert "does not start here (RuntimeError: Failed to find C compiler. Please specify via CC" in said
+        assert "needs a C compiler and Python's headers" in said
+        kernels._driver_objection.cache_clear()
+        monkeypatch.setattr(Driver, "get_current_target", lambda self: "cuda:90")
+        assert kernels._device_objection("cuda", 0) is None
+    finally:
+        for cache in caches:
+            cache.cache_clear()
+
+
 def test_rows_leave_transforms_to_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("triton", reason="triton is not installed (the extra `triton`)")
     monkeypatch.setenv("TRITON_INTERPRET", "1")

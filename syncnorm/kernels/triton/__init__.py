@@ -65,7 +65,9 @@ def stands_back(x: Tensor) -> bool:
 def _device_objection(kind: str, index: int) -> str | None:
     if kind == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
         return "the triton kernels run on CUDA, the input is on cpu (TRITON_INTERPRET=1 in the environment interprets them)."
-    return _installation_objection() or (_capability_objection(index) if kind == "cuda" else _interpreter_objection())
+    if kind == "cpu":
+        return _installation_objection() or _interpreter_objection()
+    return _installation_objection() or _capability_objection(index) or _driver_objection()
 
 
 @cache
@@ -97,6 +99,23 @@ def _capability_objection(index: int) -> str | None:
     major, minor = torch.cuda.get_device_capability(index)
     least = "the triton kernels need compute capability 8.0 (Ampere) or newer"
     return None if major >= 8 else f"{least}, device {index} has {major}.{minor}."
+
+
+@cache
+def _driver_objection() -> str | None:
+    """Triton compiles some C for itself where it first meets a device, and images that only run programs cannot."""
+    import triton
+    from triton.runtime import driver
+
+    try:
+        driver.active.get_current_target()
+    except Exception as error:  # of a compiler, a linker, a header, a driver
+        said = " ".join(str(error).split())[:200]
+        return (
+            f"triton {triton.__version__} does not start here ({type(error).__name__}: {said}). It needs a C compiler and "
+            "Python's headers (on Debian, gcc and python3-dev) and the library of the CUDA driver."
+        )
+    return None
 
 
 def batch_moments(x: Tensor) -> Moments:
