@@ -49,7 +49,7 @@ def recorded() -> Iterator[list[Launch]]:
         out.append(Launch(kernel, programs, arguments, warps, registers, constants))
 
     with ExitStack() as stack:
-        for module in (_batch, _rows, _whole):
+        for module in (_batch, _rows, _whole, among):
             stack.enter_context(patch.object(module, "launch", record))
         yield out
 

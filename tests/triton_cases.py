@@ -56,6 +56,7 @@ def _poisoned_outputs(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(_batch, "empty", poisoned)
     monkeypatch.setattr(_rows, "empty", poisoned)
     monkeypatch.setattr(_whole, "empty", poisoned)
+    monkeypatch.setattr(among, "empty", poisoned)
     yield
     for strip in strips:
         assert strip.isnan().all() if strip.is_floating_point() else (strip == 0xA5).all(), "written behind an output"

@@ -6,6 +6,8 @@ asked for by name runs or raises with its objection.
 """
 
 from collections.abc import Sequence
+from functools import cache
+from importlib import import_module
 from types import ModuleType
 from typing import Any, Protocol, cast
 
@@ -15,8 +17,6 @@ from syncnorm.core.activation import Activation
 from syncnorm.core.moments import Moments
 from syncnorm.kernels import aten, native, reference, triton
 from syncnorm.kernels._choice import pick
-from syncnorm.kernels.native import among as _native_among
-from syncnorm.kernels.triton import among as _triton_among
 
 __all__ = ["BACKENDS", "Alone", "Among", "Backend", "alone", "among", "choose", "objections"]
 
@@ -192,7 +192,12 @@ def alone(backend: Backend, x: Tensor) -> Alone | None:
 
 def among(backend: Backend) -> Among | None:
     """The backend's calls for a rank among others, if it has them. Of memory, and not of what stands for it in a trace."""
-    return _AMONG.get(backend)
+    return next((_calls(name) for name in ("native", "triton") if backend is BACKENDS[name]), None)
+
+
+@cache
+def _calls(name: str) -> Among:
+    return cast(Among, import_module(f"syncnorm.kernels.{name}.among"))  # triton's brings triton
 
 
 def _backend(module: ModuleType) -> Backend:
@@ -206,7 +211,6 @@ BACKENDS: dict[str, Backend] = {
     "triton": _backend(triton),
     "reference": _backend(reference),
 }
-_AMONG = {BACKENDS["native"]: cast(Among, _native_among), BACKENDS["triton"]: cast(Among, _triton_among)}
 
 
 def choose(name: str, x: Tensor) -> Backend:

@@ -1,4 +1,4 @@
-"""A direction of batch normalisation as few kernels: of a group of one, and of a rank up to its row and after it.
+"""A direction of batch normalisation as few kernels, for a group of one; and running statistics as one.
 
 Eager calls on plain tensors only; whoever traces is shown the primitives.
 """
@@ -24,11 +24,11 @@ from syncnorm.kernels.triton._batch import (
 from syncnorm.kernels.triton._launch import empty, launch
 from syncnorm.kernels.triton._plan import power_of_two
 
-__all__ = ["backward", "backward_rest", "backward_row", "forward", "forward_rest", "forward_row", "move_running"]
+__all__ = ["VECTOR", "affine_dtype", "backward", "finish_moments", "finish_sums", "forward", "move_running"]
 
 _MOST_WORDS = 6
 _CHANNELS = 8  # of a program that merges partials
-_VECTOR = 256  # channels of a program that walks vectors
+VECTOR = 256  # channels of a program that walks vectors
 
 
 def forward(
@@ -48,7 +48,7 @@ def forward(
     for k, part in enumerate(_slices(x, chunks)):
         partial, walk = partial_moments(x[part])
         vectors = mean[k], m2[k], rstd[k], None if counts is None else counts[k]
-        _finish_moments(partial, walk.splits, vectors, None, 0, (), eps)
+        finish_moments(partial, walk.splits, vectors, None, 0, (), eps)
         bits = normalize_into(y[part], x[part], mean[k], rstd[k], weight, bias, activation, slope, residual)
     if counts is not None:
         return y, Moments(counts, mean, m2), rstd, None
@@ -72,13 +72,13 @@ def backward(
     dx, dresidual = like(x), like(x) if needs_residual and activation else None
     if not chunks:
         mean, rstd = mean[None], rstd[None]
-    affine = empty(2, mean.size(0), x.size(1), dtype=_dtype_of_affine(weight), device=x.device)
+    affine = empty(2, mean.size(0), x.size(1), dtype=affine_dtype(weight), device=x.device)
     dbias, dweight = affine.unbind(0)
     means = empty(2, x.size(1), dtype=torch.float64, device=x.device)
     for k, part in enumerate(_slices(x, chunks)):
         partial = partial_sums(grad[part], x[part], mean[k], rstd[k], weight, bias, activation, slope, side)
         count = float(count_per_channel(x[part]))
-        _finish_sums(partial, None, means, dbias[k], dweight[k], 0, (), count)
+        finish_sums(partial, None, means, dbias[k], dweight[k], 0, (), count)
         input_gradient_into(
             dx[part], dresidual, grad[part], x[part], mean[k], rstd[k], weight, means, None, bias, activation, slope, side
         )  # fmt: skip
@@ -89,78 +89,6 @@ def backward(
     return dx, dresidual, dbias, dweight
 
 
-def forward_row(x: Tensor, width: int, words: Sequence[float]) -> Tensor:
-    """The moments of ``x``, packed: float64 ``[width]``."""
-    partial, walk = partial_moments(x)
-    row = empty(width, dtype=torch.float64, device=x.device)
-    _finish_moments(partial, walk.splits, (None,) * 4, row, width, words, 0.0)
-    return row
-
-
-def forward_rest(
-    row: Tensor,
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    eps: float,
-    activation: str,
-    slope: float,
-    residual: Tensor | None,
-) -> tuple[Tensor, Moments, Tensor, Tensor | None]:
-    """y, moments (the count a tensor), 1/std and mask, from the row of all ranks."""
-    C = x.size(1)
-    mean, m2, rstd = empty(3, C, dtype=torch.float64, device=x.device).unbind(0)
-    count = empty(1, dtype=torch.float64, device=x.device)
-    launch(kernels.read_moments_kernel, -(-C // _VECTOR), row, count, mean, m2, rstd, C, EPS=eps, BLOCK=_VECTOR)
-    y = like(x)
-    bits = normalize_into(y, x, mean, rstd, weight, bias, activation, slope, residual)
-    return y, Moments(count.view(()), mean, m2), rstd, bits
-
-
-def backward_row(
-    grad: Tensor,
-    x: Tensor,
-    mean: Tensor,
-    rstd: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    activation: str,
-    slope: float,
-    side: Tensor | None,
-    width: int,
-    words: Sequence[float],
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Σg' and Σg'·x̂ packed, and as gradients of bias and weight."""
-    row = empty(width, dtype=torch.float64, device=x.device)
-    dbias, dweight = empty(2, x.size(1), dtype=_dtype_of_affine(weight), device=x.device).unbind(0)
-    partial = partial_sums(grad, x, mean, rstd, weight, bias, activation, slope, side)
-    _finish_sums(partial, row, None, dbias, dweight, width, words, 1.0)
-    return row, dbias, dweight
-
-
-def backward_rest(
-    row: Tensor,
-    count: Tensor,
-    grad: Tensor,
-    x: Tensor,
-    mean: Tensor,
-    rstd: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    activation: str,
-    slope: float,
-    side: Tensor | None,
-    needs_residual: bool,
-) -> tuple[Tensor, Tensor | None]:
-    """Gradients of x and of the residual (None where it is ``grad``), from the row of all ranks."""
-    dx, dresidual = like(x), like(x) if needs_residual and activation else None
-    sums = row[: 2 * x.size(1)].view(2, -1)
-    input_gradient_into(
-        dx, dresidual, grad, x, mean, rstd, weight, sums, count, bias, activation, slope, side
-    )  # fmt: skip
-    return dx, dresidual
-
-
 def move_running(
     moments: Moments, mean: Tensor, var: Tensor, counter: Tensor | None, momentum: float | None
 ) -> None:  # fmt: skip
@@ -168,14 +96,14 @@ def move_running(
     C, count = mean.numel(), moments.count
     host, device = (1.0, count) if isinstance(count, Tensor) else (count, None)
     cumulative = momentum is None and counter is not None
-    blocks = power_of_two(-(-C // _VECTOR)) if cumulative else 1
+    blocks = power_of_two(-(-C // VECTOR)) if cumulative else 1
     launch(
-        kernels.update_running_kernel, -(-C // (_VECTOR * blocks)), moments.mean, moments.m2, device, mean, var, counter, C,
-        _bits(host), _bits(momentum or 0.0), CUMULATIVE=cumulative, BLOCK=_VECTOR, BLOCKS=blocks,
+        kernels.update_running_kernel, -(-C // (VECTOR * blocks)), moments.mean, moments.m2, device, mean, var, counter, C,
+        _bits(host), _bits(momentum or 0.0), CUMULATIVE=cumulative, BLOCK=VECTOR, BLOCKS=blocks,
     )  # fmt: skip
 
 
-def _finish_moments(
+def finish_moments(
     partial: Tensor,
     splits: int,
     vectors: Sequence[Tensor | None],
@@ -184,6 +112,7 @@ def _finish_moments(
     words: Sequence[float],
     eps: float,
 ) -> None:
+    """Merge partials into ``vectors`` (mean, M2, 1/std and count), or into a row."""
     C = partial.size(2)
     launch(
         kernels.finish_moments_kernel, -(-C // _CHANNELS), partial, *vectors, row, C, splits, width, *_said(words),
@@ -191,7 +120,7 @@ def _finish_moments(
     )  # fmt: skip
 
 
-def _finish_sums(
+def finish_sums(
     partial: Tensor,
     row: Tensor | None,
     means: Tensor | None,
@@ -201,6 +130,7 @@ def _finish_sums(
     words: Sequence[float],
     count: float,
 ) -> None:
+    """Sum partials into a row, or over ``count`` into ``means``; and into gradients of bias and weight."""
     parts, _, C = partial.shape
     launch(
         kernels.finish_sums_kernel, -(-2 * C // 16), partial, row, means, dbias, dweight, C, parts, width, _bits(count),
@@ -217,7 +147,8 @@ def _bits(value: float) -> int:
     return int(bits)
 
 
-def _dtype_of_affine(weight: Tensor | None) -> torch.dtype:
+def affine_dtype(weight: Tensor | None) -> torch.dtype:
+    """Of the gradients of bias and weight."""
     return torch.float64 if weight is None else weight.dtype
 
 

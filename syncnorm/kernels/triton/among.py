@@ -1,21 +1,32 @@
-"""The walk of one rank among others: each direction in two calls, around the one exchange."""
+"""The walk of one rank among others: each direction in two calls, around the one exchange.
+
+Imports triton, which the package itself leaves to its first call.
+"""
+
+# C channels
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from syncnorm.core.activation import Activation
 from syncnorm.core.moments import Moments
+from syncnorm.kernels.triton import _vector_kernels as kernels
 from syncnorm.kernels.triton import spelled
+from syncnorm.kernels.triton._batch import input_gradient_into, like, normalize_into, partial_moments, partial_sums
+from syncnorm.kernels.triton._launch import empty, launch
+from syncnorm.kernels.triton._whole import VECTOR, affine_dtype, finish_moments, finish_sums
 
 __all__ = ["batch_backward_rest", "batch_backward_row", "batch_forward_rest", "batch_forward_row"]
 
 
 def batch_forward_row(x: Tensor, width: int, words: Sequence[float]) -> Tensor:
     """The moments of flat ``x``, packed."""
-    from syncnorm.kernels.triton import _whole
-
-    return _whole.forward_row(x, width, words)
+    partial, walk = partial_moments(x)
+    row = empty(width, dtype=torch.float64, device=x.device)
+    finish_moments(partial, walk.splits, (None,) * 4, row, width, words, 0.0)
+    return row
 
 
 def batch_forward_rest(
@@ -28,10 +39,14 @@ def batch_forward_rest(
     activation: Activation | None,
     residual: Tensor | None,
 ) -> tuple[Tensor, Moments, Tensor, Tensor | None, None]:
-    """y, moments, 1/std, mask; the host does not look at the words."""
-    from syncnorm.kernels.triton import _whole
-
-    return *_whole.forward_rest(row, x, weight, bias, eps, *spelled(activation), residual), None
+    """y, moments (the count a tensor), 1/std, mask; the host does not look at the words."""
+    C = x.size(1)
+    mean, m2, rstd = empty(3, C, dtype=torch.float64, device=x.device).unbind(0)
+    count = empty(1, dtype=torch.float64, device=x.device)
+    launch(kernels.read_moments_kernel, -(-C // VECTOR), row, count, mean, m2, rstd, C, EPS=eps, BLOCK=VECTOR)
+    y = like(x)
+    bits = normalize_into(y, x, mean, rstd, weight, bias, *spelled(activation), residual)
+    return y, Moments(count.view(()), mean, m2), rstd, bits, None
 
 
 def batch_backward_row(
@@ -47,9 +62,11 @@ def batch_backward_row(
     words: Sequence[float],
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Σg' and Σg'·x̂, packed; and as gradients of bias and weight."""
-    from syncnorm.kernels.triton import _whole
-
-    return _whole.backward_row(grad, x, mean, rstd, weight, bias, *spelled(activation), side, width, words)
+    row = empty(width, dtype=torch.float64, device=x.device)
+    dbias, dweight = empty(2, x.size(1), dtype=affine_dtype(weight), device=x.device).unbind(0)
+    partial = partial_sums(grad, x, mean, rstd, weight, bias, *spelled(activation), side)
+    finish_sums(partial, row, None, dbias, dweight, width, words, 1.0)
+    return row, dbias, dweight
 
 
 def batch_backward_rest(
@@ -67,10 +84,11 @@ def batch_backward_rest(
     needs_residual: bool,
 ) -> tuple[Tensor, Tensor | None, None]:
     """Gradients of x and of the residual (None where it is ``grad``)."""
-    from syncnorm.kernels.triton import _whole
-
     if not isinstance(count, Tensor):
         count = row.new_full((), count)
-    return *_whole.backward_rest(
-        row, count, grad, x, mean, rstd, weight, bias, *spelled(activation), side, needs_residual
-    ), None  # fmt: skip
+    dx, dresidual = like(x), like(x) if needs_residual and activation else None
+    sums = row[: 2 * x.size(1)].view(2, -1)
+    input_gradient_into(
+        dx, dresidual, grad, x, mean, rstd, weight, sums, count, bias, *spelled(activation), side
+    )  # fmt: skip
+    return dx, dresidual, None
